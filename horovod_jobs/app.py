@@ -1,0 +1,179 @@
+"""The ``horovod-jobs`` command: compose the config, then start a world or run the graph in this one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import traceback
+from pathlib import Path
+from typing import NoReturn
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from horovod_jobs import launch
+from horovod_jobs.comm.connect import connect, launched_by, rank_hint
+from horovod_jobs.comm.world import World
+from horovod_jobs.errors import ConfigError, JobError
+from horovod_jobs.interrupt import StopRequest
+from horovod_jobs.job import Job, one_line, register_schema, resolve
+
+_GOODBYE_S = 10.0
+_world: World | None = None  # One world a process: the jobs of a multirun share it.
+
+
+def conf_dir() -> str:
+    """Where the config groups lie: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    inside = package / "conf"
+    return str(inside if inside.is_dir() else package.parent / "conf")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises; the message and the exit code are ours.
+    register_schema()
+    launch.register_rank()
+    if rank_hint() != 0:
+        # --help, --cfg and warnings once, not once a rank; errors of this rank alone still go to stderr.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    try:
+        hydra.main(version_base="1.3", config_path=conf_dir(), config_name="config")(_task)()
+    except (HydraException, OmegaConfBaseException) as error:
+        _fail(ConfigError(_hydra_message(error)))
+    except JobError as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        _fail(None, code=130)
+    except SystemExit:
+        raise
+    except BaseException:
+        traceback.print_exc()
+        _fail(None, code=1, alone=True)
+    _leave()
+
+
+def _task(cfg: DictConfig) -> None:
+    job = resolve(cfg)
+    inside = launched_by() != "none"
+    if job.config.launch.kind != "none" and not inside:
+        code = launch.start(job.config.launch, overrides=list(HydraConfig.get().overrides.task), config=_config_arguments())
+        if code != 0:
+            sys.exit(code)
+        return
+    _run_here(job)
+
+
+def _config_arguments() -> list[str]:
+    """The --config-name and --config-dir this process was given, for the ranks."""
+    runtime = HydraConfig.get()
+    arguments = [f"--config-name={runtime.job.config_name}"]
+    arguments += [
+        f"--config-dir={source.path}" for source in runtime.runtime.config_sources if source.provider == "command-line"
+    ]
+    return arguments
+
+
+def _run_here(job: Job) -> None:
+    global _world
+    if _world is None:
+        _world = connect()
+        launch.set_threads(_world.local_size)
+    world = _world
+    from horovod_jobs.runner import Run, check_same_config
+
+    check_same_config(job, world)
+    if job.config.plan:
+        _show_plan(job, world)
+        return
+    with StopRequest().installed() as stop:
+        outcome = Run(job, world, command=_command(), stop=stop)()
+    if world.is_main:
+        from horovod_jobs.report import summary
+
+        print(summary(outcome.run_dir))
+
+
+def _show_plan(job: Job, world: World) -> None:
+    from rich.console import Console
+
+    from horovod_jobs.artifacts import ArtifactStore
+    from horovod_jobs.planning import plan, prepare, table
+
+    planned = plan(job, world, ArtifactStore(job.config.run.store), prepare(job, world))
+    if world.is_main:
+        Console(width=None if sys.stdout.isatty() else 160).print(table(planned))
+
+
+def _command() -> list[str]:
+    """The command to reproduce this run: what the person typed, which a launching parent passes on."""
+    return launch.original_command() or ["horovod-jobs", *sys.argv[1:]]
+
+
+def _hydra_message(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, OmegaConfBaseException) and not isinstance(error, HydraException):
+        return one_line(error)
+    lines = [line for line in lines if not line.startswith(("Config search path", "provider="))]
+    text = " ".join(lines)
+    cause = error.__cause__ or error.__context__
+    if isinstance(cause, OmegaConfBaseException):
+        text += f" ({one_line(cause)})"
+    return text if ";" in text else f"{text}; horovod-jobs --help lists what can be set"
+
+
+def _fail(error: JobError | None, *, code: int = 1, alone: bool = False) -> NoReturn:
+    """Print the error once, leave no rank hanging, and exit with its code."""
+    code = error.exit_code if error is not None else code
+    told = launch.record_exit(code)
+    if error is not None and _rank() == 0:
+        # Before the others are met: the launcher ends every rank as soon as one has gone.
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    together = not alone and _goodbye()
+    if error is not None and _rank() != 0 and not together:
+        print(f"rank {_rank()}: error: {error}", file=sys.stderr)
+    if _world is not None and _world.size > 1 and not together:
+        # The others wait in a collective this rank will never reach; the launcher ends them when this one is gone.
+        sys.stderr.flush()
+        os._exit(code)
+    _shutdown()
+    # A parent that knows the code needs no exit status: mpirun would add a page about it.
+    sys.exit(0 if told and _world is not None else code)
+
+
+def _rank() -> int:
+    return _world.rank if _world is not None else rank_hint()
+
+
+def _goodbye() -> bool:
+    """Whether every rank came here within a few seconds: an error that all have agreed on."""
+    if _world is None or _world.size == 1:
+        return True
+    world, arrived = _world, threading.Event()
+
+    def meet() -> None:
+        with contextlib.suppress(Exception):
+            world.barrier(name="goodbye")
+            arrived.set()
+
+    threading.Thread(target=meet, daemon=True).start()
+    return arrived.wait(_GOODBYE_S)
+
+
+def _leave() -> None:
+    launch.record_exit(0)
+    _shutdown()
+
+
+def _shutdown() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if _world is not None:
+        _world.shutdown()
+
+

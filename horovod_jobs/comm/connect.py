@@ -1,0 +1,63 @@
+"""Find out what world this process was started in, and join it."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+
+from horovod_jobs.comm.world import SingleWorld, World
+from horovod_jobs.errors import SetupError
+
+_MPI_MARKS = ("OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK", "PMI_SIZE")
+_GLOO_MARK = "HOROVOD_GLOO_RENDEZVOUS_ADDR"
+BUILD_REMEDY = "build it with launch/build_horovod.sh (launch/install.sh does this), or start one process"
+
+
+def launched_by(environ: Mapping[str, str] = os.environ) -> str:
+    """What started this process: ``gloo``, ``mpi``, or ``none`` where no launcher did."""
+    if environ.get("HOROVOD_CONTROLLER") == "gloo" or _GLOO_MARK in environ:
+        return "gloo"
+    if any(mark in environ for mark in _MPI_MARKS):
+        return "mpi"
+    return "none"
+
+
+def rank_hint(environ: Mapping[str, str] = os.environ) -> int:
+    """This process's rank as the launcher's variables tell it, before any world is joined; 0 where there is none."""
+    for name in ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK"):
+        if environ.get(name, "").isdigit():
+            return int(environ[name])
+    return 0
+
+
+def connect() -> World:
+    """Join the world that the launcher made, or be a world of one.
+
+    Raises:
+        SetupError: ranks were started and Horovod is not installed, or it cannot start here.
+    """
+    controller = launched_by()
+    if controller == "none":
+        return SingleWorld()
+    if controller == "gloo":
+        _check_host_name()
+    try:
+        from horovod_jobs.comm.horovod_world import HorovodWorld, init_horovod
+    except ImportError as error:
+        raise SetupError(
+            f"a launcher ({controller}) started several ranks and Horovod cannot be imported ({error}); {BUILD_REMEDY}"
+        ) from error
+    init_horovod(launched_by_mpi=controller == "mpi")
+    return HorovodWorld(controller)
+
+
+def _check_host_name() -> None:
+    # Gloo dies by a segmentation fault where the host's own name does not resolve.
+    try:
+        socket.getaddrinfo(socket.gethostname(), None)
+    except OSError as error:
+        raise SetupError(
+            f"this host's name {socket.gethostname()!r} does not resolve ({error}), which Gloo needs; add it to /etc/hosts or "
+            "use MPI (launch.controller=mpi)"
+        ) from error

@@ -1,0 +1,216 @@
+"""What every other part knows of the world: ranks, collectives and how errors are agreed.
+
+A method whose docstring says "collective" must be reached by every rank. One process is a world of size one.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from horovod_jobs.errors import BY_NAME, JobError, WorldError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+T = TypeVar("T")
+OPS = ("sum", "average", "min", "max")
+
+
+class Handle(Protocol):
+    """A collective under way."""
+
+    def wait(self) -> Tensor: ...
+
+
+class GradientExchange(Protocol):
+    """An optimizer whose gradients are summed over ranks (see ``World.distribute``)."""
+
+    def synchronize(self) -> None: ...
+    def step(self) -> None: ...
+    def zero_grad(self) -> None: ...
+    def regroup(self, num_groups: int) -> None: ...
+    def close(self) -> None: ...
+
+
+class World:
+    """Base of the worlds: what can be said with the few primitives that each one implements.
+
+    Attributes: ``rank`` of ``size``; ``local_rank`` of ``local_size`` on this host; ``cross_rank`` (the host's number) of
+    ``cross_size`` hosts; ``controller`` is ``none``, ``mpi`` or ``gloo``.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    cross_rank: int = 0
+    cross_size: int = 1
+    controller: str = "none"
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    # --- primitives -------------------------------------------------------------------------------------------------
+    def allreduce_async(self, tensor: Tensor, *, name: str, op: str = "sum") -> Handle:
+        """Collective. Start a reduction; ``wait()`` gives a new tensor of the same dtype."""
+        raise NotImplementedError
+
+    def broadcast(self, tensor: Tensor, *, name: str, root: int = 0) -> Tensor:
+        """Collective. The root's tensor, on every rank; shapes and dtypes must agree."""
+        raise NotImplementedError
+
+    def gather_bytes(self, value: bytes, *, name: str) -> list[bytes]:
+        """Collective. Every rank's bytes, in the order of ranks."""
+        raise NotImplementedError
+
+    def distribute(
+        self,
+        optimizer: torch.optim.Optimizer,
+        named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
+        *,
+        accumulate: int,
+        compression: str,
+        num_groups: int,
+    ) -> GradientExchange:
+        """Collective. Wrap an optimizer so that gradients are summed over ranks as they become ready.
+
+        ``accumulate`` backward passes make one exchange; ``num_groups`` 0 lets Horovod fuse as it likes.
+        """
+        raise NotImplementedError
+
+    def shutdown(self) -> None:
+        """Leave the world in order. Collective."""
+
+    # --- built on them ----------------------------------------------------------------------------------------------
+    def allreduce(self, tensor: Tensor, *, name: str, op: str = "sum") -> Tensor:
+        """Collective. The sum, average, minimum or maximum over ranks, as a new tensor."""
+        return self.allreduce_async(tensor, name=name, op=op).wait()
+
+    def gather_json(self, value: Any, *, name: str) -> list[Any]:
+        """Collective. Every rank's JSON value, in the order of ranks."""
+        import json
+
+        return [json.loads(item) for item in self.gather_bytes(json.dumps(value).encode(), name=name)]
+
+    def broadcast_json(self, value: Any, *, name: str) -> Any:
+        """Collective. Rank 0's JSON value; what the others give is not looked at."""
+        return self.gather_json(value if self.is_main else None, name=name)[0]
+
+    def barrier(self, *, name: str) -> None:
+        """Collective. Nobody goes on before everybody is here."""
+        self.gather_bytes(b"", name=name)
+
+    def main(self, fn: Callable[[], T], *, name: str) -> T:
+        """Collective. Run ``fn`` on rank 0 only; every rank gets its JSON result, or its error.
+
+        Raises:
+            JobError: of the class that rank 0's ``fn`` raised.
+            WorldError: on the other ranks, when ``fn`` failed by something else (rank 0 raises the original).
+        """
+        result: T | None = None
+        error: BaseException | None = None
+        if self.is_main:
+            try:
+                result = fn()
+            except Exception as caught:
+                error = caught
+        told = self.broadcast_json([_describe(error), result if error is None else None], name=name)
+        if error is not None:
+            raise error
+        if told[0] is not None:
+            raise _rebuild(told[0], rank=0)
+        return result if self.is_main else told[1]  # type: ignore[no-any-return]
+
+    @contextmanager
+    def agreed(self, what: str) -> Iterator[None]:
+        """Collective. Run the body on every rank; if it fails on one, it fails on all.
+
+        The body must not hold collectives that a rank which fails early would miss.
+
+        Raises:
+            JobError: of the class of the first failing rank's error, naming the rank where not all failed alike.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        told = self.gather_json(_describe(error), name=f"agreed.{what}")
+        if error is not None:
+            raise error
+        for rank, description in enumerate(told):
+            if description is not None:
+                raise _rebuild(description, rank=rank)
+
+
+def _describe(error: BaseException | None) -> dict[str, str] | None:
+    if error is None:
+        return None
+    text = str(error) if isinstance(error, JobError) else "".join(traceback.format_exception(error)[-3:]).strip()
+    return {"class": type(error).__name__, "text": text}
+
+
+def _rebuild(description: dict[str, str], *, rank: int) -> JobError:
+    cls = BY_NAME.get(description["class"])
+    if cls is None:
+        return WorldError(f"rank {rank} failed: {description['text']}; see its log file")
+    return cls(description["text"] if rank == 0 else f"rank {rank}: {description['text']}")
+
+
+class _Done:
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    def wait(self) -> Tensor:
+        return self._tensor
+
+
+class _LocalExchange:
+    """The exchange of a world of one: there is nobody to exchange with."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+    def step(self) -> None:
+        self._optimizer.step()
+
+    def zero_grad(self) -> None:
+        self._optimizer.zero_grad()
+
+    def regroup(self, num_groups: int) -> None:
+        """Nothing is exchanged, in whatever groups."""
+
+    def close(self) -> None:
+        """Nothing to undo."""
+
+
+class SingleWorld(World):
+    """One process: every collective gives back what it was given."""
+
+    def allreduce_async(self, tensor: Tensor, *, name: str, op: str = "sum") -> Handle:
+        return _Done(tensor.clone())
+
+    def broadcast(self, tensor: Tensor, *, name: str, root: int = 0) -> Tensor:
+        return tensor.clone()
+
+    def gather_bytes(self, value: bytes, *, name: str) -> list[bytes]:
+        return [value]
+
+    def distribute(
+        self,
+        optimizer: torch.optim.Optimizer,
+        named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
+        *,
+        accumulate: int,
+        compression: str,
+        num_groups: int,
+    ) -> GradientExchange:
+        return _LocalExchange(optimizer)

@@ -1,0 +1,141 @@
+"""What a person sees: progress, log lines, events. Rank 0 speaks on the console; every rank has a file."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+LOGGER = "horovod_jobs"
+TERMINAL_VARIABLE = "HOROVOD_JOBS_TERMINAL"
+
+
+def forwarded_terminal() -> int | None:
+    """Columns of the terminal that the process which started this rank sits on, where it passes one on."""
+    text = os.environ.get(TERMINAL_VARIABLE, "")
+    return int(text) if text.isdigit() else None
+
+
+class Progress(Protocol):
+    """A bar or lines for one piece of work."""
+
+    def update(self, done: int, note: str = "") -> None: ...
+
+
+class _Silent:
+    def update(self, done: int, note: str = "") -> None:
+        """Nobody looks."""
+
+
+class _Lines:
+    """A line every few seconds, for a console that is not a terminal."""
+
+    def __init__(self, label: str, total: int, *, every_s: float = 5.0) -> None:
+        self._label, self._total, self._every_s = label, total, every_s
+        self._last = time.monotonic()
+
+    def update(self, done: int, note: str = "") -> None:
+        now = time.monotonic()
+        if now - self._last >= self._every_s or done >= self._total:
+            self._last = now
+            logging.getLogger(LOGGER).info("%s %d/%d %s", self._label, done, self._total, note)
+
+
+class _Bar:
+    def __init__(self, bars: Any, task: Any) -> None:
+        self._bars, self._task = bars, task
+
+    def update(self, done: int, note: str = "") -> None:
+        self._bars.update(self._task, completed=done, note=note)
+
+
+class Console:
+    """Opened once a job by the runner; ``progress()`` is for stages."""
+
+    def __init__(self, *, is_main: bool, mode: str) -> None:
+        if mode == "auto":
+            mode = "bars" if sys.stderr.isatty() or forwarded_terminal() else "lines"
+        self._mode = mode if is_main else "none"
+
+    @contextmanager
+    def progress(self, label: str, total: int) -> Iterator[Progress]:
+        """Show how far ``label`` is, out of ``total``."""
+        if self._mode == "none":
+            yield _Silent()
+        elif self._mode == "lines":
+            yield _Lines(label, total)
+        else:
+            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.completed}/{task.total}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
+            with Progress(*columns, console=_terminal(), transient=True, refresh_per_second=4) as bars:
+                yield _Bar(bars, bars.add_task(label, total=total, note=""))
+
+
+class EventLog:
+    """Facts as JSON lines in ``<run>/events.jsonl``; rank 0 writes, others hold one without a path."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._stream = path.open("a", encoding="utf-8", buffering=1) if path else None
+
+    def emit(self, event: str, **fields: Any) -> None:
+        if self._stream is not None:
+            self._stream.write(json.dumps({"time": round(time.time(), 3), "event": event, **fields}) + "\n")
+
+    def close(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+
+
+@contextmanager
+def logging_to(directory: Path, *, rank: int, level: str) -> Iterator[logging.Logger]:
+    """Send this package's log to ``rank-<rank>.log`` and, on rank 0, to the console; taken back at the end."""
+    logger = logging.getLogger(LOGGER)
+    logger.propagate = False
+    before = logger.level
+    logger.setLevel(level.upper())
+    handlers: list[logging.Handler] = [logging.FileHandler(directory / f"rank-{rank}.log", encoding="utf-8")]
+    handlers[0].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    if rank == 0:
+        handlers.append(_console_handler())
+    for handler in handlers:
+        logger.addHandler(handler)
+    try:
+        yield logger
+    finally:
+        for handler in handlers:
+            logger.removeHandler(handler)
+            handler.close()
+        logger.setLevel(before)
+
+
+@lru_cache(maxsize=1)
+def _terminal() -> Any:
+    """The one rich console of this process: bars and log lines must share it, or they tear each other apart."""
+    from rich.console import Console as RichConsole
+
+    return RichConsole(stderr=True, force_terminal=True, width=forwarded_terminal())
+
+
+def _console_handler() -> logging.Handler:
+    if sys.stderr.isatty() or forwarded_terminal():
+        from rich.logging import RichHandler
+
+        return RichHandler(console=_terminal(), show_path=False, show_level=False, markup=False, rich_tracebacks=False)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    return handler

@@ -1,0 +1,1 @@
+"""Data sets, their splits, sharding over ranks and augmentation."""

@@ -1,0 +1,56 @@
+"""Stop on request: a signal is noted, ranks agree on it, a checkpoint is written, and the exit code says "try again"."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from horovod_jobs.comm.world import World
+from horovod_jobs.errors import Interrupted, InterruptedByUser
+
+
+class StopRequest:
+    """Whether somebody asked this rank to stop. ``code`` is 0, 1 (SIGTERM, SIGUSR1) or 2 (Ctrl-C)."""
+
+    def __init__(self) -> None:
+        self.code = 0
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if self.code == 2:
+                raise KeyboardInterrupt
+            self.code = 2
+            print("\nStopping after this step, with a checkpoint. Press Ctrl-C again to stop at once.", file=sys.stderr)
+        elif self.code == 0:
+            self.code = 1
+
+    @contextmanager
+    def installed(self) -> Iterator[StopRequest]:
+        """Take SIGTERM, SIGINT and SIGUSR1 for the time of the body."""
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        before = {number: signal.signal(number, self._note) for number in numbers}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def raise_if_agreed(self, world: World, *, where: str) -> None:
+        """Collective. Stop every rank if any was asked to.
+
+        Raises:
+            Interrupted: somebody was.
+        """
+        code = max(world.gather_json(self.code, name=f"stop.{where}"))
+        if code:
+            raise stopped(code, where=where)
+
+
+def stopped(code: int, *, where: str) -> Interrupted:
+    """The error for an agreed stop."""
+    if code == 2:
+        return InterruptedByUser(f"stopped by Ctrl-C {where}; the same command goes on from here")
+    return Interrupted(f"stopped by a signal {where}; the same command goes on from here")

@@ -1,0 +1,140 @@
+"""From a composed Hydra config to a checked, plain ``Job``. Past this door no ``DictConfig`` travels."""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf, SCMode
+from omegaconf.errors import OmegaConfBaseException
+
+from horovod_jobs.config import STAGES, FitConfig, JobConfig, LaunchConfig, RunConfig, StageConfig, TrainStage
+from horovod_jobs.errors import ConfigError
+from horovod_jobs.instantiate import bind
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A resolved job: plain values only."""
+
+    config: JobConfig
+    stages: dict[str, StageConfig]
+    resolved: dict[str, Any]  # everything, as written to config.yaml
+
+
+def register_schema() -> None:
+    """Put the schema where Hydra finds it: ``job_schema`` for the root, ``stage/<kind>_schema`` for each stage kind."""
+    store = ConfigStore.instance()
+    store.store(name="job_schema", node=JobConfig)
+    for kind, cls in STAGES.items():
+        store.store(group="stage", name=f"{kind}_schema", node=cls)
+
+
+def resolve(cfg: DictConfig) -> Job:
+    """Type every stage by its kind, resolve interpolations, and check values that need no world.
+
+    Raises:
+        ConfigError: an unknown kind or key, a wrong type, a missing value, an interpolation that leads nowhere.
+    """
+    cfg = typing.cast(DictConfig, OmegaConf.create(cfg))
+    OmegaConf.set_struct(cfg, False)
+    try:
+        for name in list(cfg.stages):
+            cfg.stages[name] = _typed_stage(str(name), cfg.stages[name])
+        plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True, structured_config_mode=SCMode.DICT)
+    except OmegaConfBaseException as error:
+        raise ConfigError(one_line(error)) from error
+    resolved = typing.cast(dict[str, Any], plain)
+    stages = {name: _dataclass(STAGES[node["kind"]], node) for name, node in resolved["stages"].items()}
+    config = _dataclass(JobConfig, {**resolved, "stages": {}})
+    job = Job(config=config, stages=stages, resolved=resolved)
+    _check(job)
+    return job
+
+
+def _typed_stage(name: str, node: Any) -> DictConfig:
+    if not isinstance(node, DictConfig):
+        raise ConfigError(f"stages.{name}={node} is not a stage; give it a kind and what it needs")
+    kind = node.get("kind")
+    if kind not in STAGES:
+        raise ConfigError(f"stages.{name}.kind={kind} is not a stage kind{_meant(str(kind), STAGES)}; use one of {', '.join(STAGES)}")
+    schema = OmegaConf.structured(STAGES[kind])
+    for key in node:
+        if key not in schema:
+            known = [str(entry) for entry in schema]
+            raise ConfigError(f"stages.{name}.{key} is not a key of a {kind} stage{_meant(str(key), known)}; it has {', '.join(known)}")
+    try:
+        return typing.cast(DictConfig, OmegaConf.merge(schema, node))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"stages.{name}: {one_line(error)}") from error
+
+
+def _meant(value: str, known: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(value, list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def one_line(error: Exception) -> str:
+    """An OmegaConf error as one line that starts with the key."""
+    text = str(getattr(error, "msg", None) or error).strip().splitlines()[0]
+    key = getattr(error, "full_key", None)
+    return f"{key}: {text}; check the key and its value" if key else f"{text}; check the key and its value"
+
+
+def _dataclass(cls: type, values: dict[str, Any]) -> Any:
+    nested = {"fit": FitConfig, "launch": LaunchConfig, "run": RunConfig}
+    arguments = {}
+    for entry in fields(cls):
+        if entry.name not in values:
+            continue
+        value = values[entry.name]
+        arguments[entry.name] = _dataclass(nested[entry.name], value) if entry.name in nested and not is_dataclass(value) else value
+    return cls(**arguments)
+
+
+def _check(job: Job) -> None:
+    config = job.config
+    if not job.stages:
+        raise ConfigError("stages is empty; choose a graph (graph=compress) or name stages of your own")
+    if config.data is None:
+        raise ConfigError("data is empty; choose a data set (data=fashion_mnist)")
+    for key, value in (("launch.kind", config.launch.kind),):
+        if value not in ("none", "local"):
+            raise ConfigError(f"{key}={value} is not known; use none or local")
+    if config.launch.np < 1:
+        raise ConfigError(f"launch.np={config.launch.np} is not a number of ranks; use 1 or more")
+    if config.launch.controller not in ("auto", "mpi", "gloo"):
+        raise ConfigError(f"launch.controller={config.launch.controller} is not known; use auto, mpi or gloo")
+    if config.run.progress not in ("auto", "bars", "lines", "none"):
+        raise ConfigError(f"run.progress={config.run.progress} is not known; use auto, bars, lines or none")
+    if config.run.log_level not in ("debug", "info", "warning", "error"):
+        raise ConfigError(f"run.log_level={config.run.log_level} is not known; use debug, info, warning or error")
+    for name, stage in job.stages.items():
+        if isinstance(stage, TrainStage) and stage.enabled:
+            _check_fit(f"stages.{name}.fit", stage.fit)
+    bind(config.data, where="data", allow=config.allow_targets)
+
+
+def _check_fit(where: str, fit: FitConfig) -> None:
+    for key in ("epochs", "global_batch", "accumulate", "checkpoint_keep", "log_every_steps"):
+        if getattr(fit, key) < 1:
+            raise ConfigError(f"{where}.{key}={getattr(fit, key)} is too small; use 1 or more")
+    for key in ("max_steps", "batch_per_rank", "lr_reference_batch", "early_stop_epochs", "checkpoint_every_steps"):
+        value = getattr(fit, key)
+        if value is not None and value < 1:
+            raise ConfigError(f"{where}.{key}={value} is too small; use 1 or more, or null")
+    if fit.precision not in PRECISIONS:
+        raise ConfigError(f"{where}.precision={fit.precision} is not known; use one of {', '.join(PRECISIONS)}")
+    if fit.publish not in ("last", "best"):
+        raise ConfigError(f"{where}.publish={fit.publish} is not known; use last or best")
+    if fit.device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"{where}.device={fit.device} is not known; use auto, cpu or cuda")
+    if fit.ema_decay is not None and not 0 < fit.ema_decay < 1:
+        raise ConfigError(f"{where}.ema_decay={fit.ema_decay} is not between 0 and 1; use 0.999, or null for none")
+    if fit.clip_norm is not None and fit.clip_norm <= 0:
+        raise ConfigError(f"{where}.clip_norm={fit.clip_norm} is not positive; use 1.0, or null for none")

@@ -1,0 +1,217 @@
+"""What a run would do: load the data, check every part against its signature, fingerprint every stage, look into the store."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from horovod_jobs.artifacts import Artifact, ArtifactStore, open_artifact
+from horovod_jobs.comm.world import World
+from horovod_jobs.config import DistillStage, EvaluateStage, QuantizeStage, TrainStage, effective_global_batch
+from horovod_jobs.errors import ArtifactError, ConfigError, DataError
+from horovod_jobs.footprint import Meter, NullMeter
+from horovod_jobs.graph import Node, build, check_external, fingerprint, is_external
+from horovod_jobs.instantiate import accepted, bind, code_digests, instantiate, is_node, locate
+from horovod_jobs.job import Job
+from horovod_jobs.stages.base import StageContext, StageResult
+from horovod_jobs.tracking import NullTracker, Tracker
+
+if TYPE_CHECKING:
+    from horovod_jobs.data.base import DataModule
+
+RunStage = Callable[[StageContext, Any], StageResult]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The parts that every stage shares, built and checked."""
+
+    job: Job
+    nodes: list[Node]
+    data: DataModule
+    meter: Meter
+    tracker: Tracker
+    externals: dict[str, Artifact]  # artifacts that a need names by path
+
+    def run_of(self, node: Node) -> RunStage:
+        """The function that runs a stage of this kind."""
+        return importlib.import_module(f"horovod_jobs.stages.{node.config.kind}").run  # type: ignore[no-any-return]
+
+    def task_of(self, node: Node) -> Any:
+        """The stage's task, or the job's where the kind has none of its own."""
+        chosen = getattr(node.config, "task", None) or self.job.config.task
+        return _task(chosen, self)
+
+
+def _task(chosen: Any, prepared: Prepared) -> Any:
+    allow = prepared.job.config.allow_targets
+    if not is_node(chosen):
+        raise ConfigError(f"task={chosen} names nothing to build; choose one (task=classification)")
+    offered = accepted(chosen, {"num_classes": prepared.data.num_classes}, allow=allow)
+    return instantiate(chosen, allow=allow, where="task", **offered)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a run does about one stage: run, reuse or skip it, and why."""
+
+    node: Node
+    action: str
+    why: str
+    fingerprint: str = ""
+    artifact: Artifact | None = None
+
+
+def prepare(job: Job, world: World) -> Prepared:
+    """Collective. Build the shared parts and check every stage; nothing has run yet.
+
+    Raises:
+        ConfigError, DataError, ArtifactError: what does not fit, agreed by all ranks.
+    """
+    from horovod_jobs.data.base import as_data_module
+
+    config = job.config
+    allow = config.allow_targets
+    with world.agreed("prepare"):
+        nodes = build(job.stages)
+        tracker = instantiate(config.tracker, allow=allow, where="tracker") if config.tracker else NullTracker()
+        meter = instantiate(config.footprint, allow=allow, where="footprint") if config.footprint else NullMeter()
+        data = as_data_module(instantiate(config.data, allow=allow, where="data"), name=str(config.data["_target_"]))
+        if len(data.train) < world.size:
+            raise DataError(
+                f"the training split has {len(data.train)} samples for {world.size} ranks; start at most {len(data.train)} ranks"
+            )
+        externals = {
+            source: open_artifact(source) for node in nodes for source in node.needs.values() if is_external(source) and not node.off
+        }
+        prepared = Prepared(job, nodes, data, meter, tracker, externals)
+        for node in nodes:
+            if node.off is None:
+                _check_stage(node, prepared, world)
+    return prepared
+
+
+def _check_stage(node: Node, prepared: Prepared, world: World) -> None:
+    stage, allow, where = node.config, prepared.job.config.allow_targets, f"stages.{node.name}"
+    for role, source in node.needs.items():
+        if is_external(source):
+            check_external(node, role, prepared.externals[source].kind)
+    if isinstance(stage, TrainStage):
+        _check_train(stage, prepared, world, where)
+    if isinstance(stage, QuantizeStage):
+        bind(stage.quantizer, where=f"{where}.quantizer", allow=allow)
+        if not 0 < stage.calibration_samples <= len(prepared.data.train):
+            raise ConfigError(
+                f"{where}.calibration_samples={stage.calibration_samples} does not fit the training split of {len(prepared.data.train)} "
+                f"samples; use 1 to {len(prepared.data.train)}"
+            )
+    if isinstance(stage, EvaluateStage):
+        if stage.split not in ("test", "validation", "train"):
+            raise ConfigError(f"{where}.split={stage.split} is not a split; use test, validation or train")
+        if getattr(prepared.data, stage.split) is None:
+            raise DataError(f"{where}.split={stage.split}: the data set has no such split; use test or train")
+    prepared.task_of(node)
+
+
+def _check_train(stage: TrainStage, prepared: Prepared, world: World, where: str) -> None:
+    from horovod_jobs.data.sharding import check_divides
+
+    allow, data, fit = prepared.job.config.allow_targets, prepared.data, stage.fit
+    check_divides(effective_global_batch(fit, world_size=world.size), size=world.size, accumulate=fit.accumulate)
+    for part in ("model", "optimizer", "schedule", "strategy"):
+        if not is_node(getattr(stage, part)):
+            raise ConfigError(f"{where}.{part}={getattr(stage, part)} names nothing to build; choose one ({part}=...)")
+    model_arguments = accepted(stage.model, {"num_classes": data.num_classes, "input_shape": data.input_shape}, allow=allow)
+    bind(stage.model, where=f"{where}.model", allow=allow, injected=model_arguments)
+    bind(stage.optimizer, where=f"{where}.optimizer", allow=allow, injected=("params",))
+    bind(stage.schedule, where=f"{where}.schedule", allow=allow)
+    bind(stage.strategy, where=f"{where}.strategy", allow=allow)
+    if stage.loss is not None:
+        bind(stage.loss, where=f"{where}.loss", allow=allow)
+    if isinstance(stage, DistillStage):
+        bind(stage.distiller, where=f"{where}.distiller", allow=allow)
+        distiller = instantiate(stage.distiller, allow=allow, where=f"{where}.distiller")
+        if distiller.cache and stage.augment and data.augment is not None:
+            raise ConfigError(
+                f"{where}.distiller.cache=true keeps the teacher's outputs for the images as they are, and the data set augments "
+                f"them; set {where}.augment=false, or distiller.cache=false"
+            )
+
+
+def plan(job: Job, world: World, store: ArtifactStore, prepared: Prepared) -> list[Planned]:
+    """Collective. Decide about every stage, in the graph's order. Rank 0 looks into the store and checks every file."""
+    prints = {source: artifact.fingerprint for source, artifact in prepared.externals.items()}
+    planned = []
+    machine = world.broadcast_json(_machine(), name="plan.machine")
+    for node in prepared.nodes:
+        if node.off is not None:
+            planned.append(Planned(node, "skip", node.off))
+            continue
+        with world.agreed("plan.fingerprint"):
+            prints[node.name] = _fingerprint(node, prepared, prints, world_size=world.size, machine=machine)
+        planned.append(_decide(node, prints[node.name], store, world))
+    return planned
+
+
+def _fingerprint(node: Node, prepared: Prepared, prints: dict[str, str], *, world_size: int, machine: str) -> str:
+    stage, allow = node.config, prepared.job.config.allow_targets
+    train = stage if isinstance(stage, TrainStage) else None
+    strategy = locate(train.strategy["_target_"], allow=allow) if train else None
+    return fingerprint(
+        node,
+        inputs={role: prints[source] for role, source in node.needs.items()},
+        data_digest=prepared.data.digest,
+        code=code_digests(asdict(stage), allow=allow),
+        world_size=world_size,
+        global_batch=effective_global_batch(train.fit, world_size=world_size) if train else None,
+        machine=machine if isinstance(stage, EvaluateStage) else "",
+        tuning_keys=getattr(strategy, "TUNING", frozenset()),
+    )
+
+
+def _decide(node: Node, print_: str, store: ArtifactStore, world: World) -> Planned:
+    kind = node.config.OUTPUT
+    if not node.config.REUSE:
+        return Planned(node, "run", "it is made anew in every run", print_)
+    if node.config.force:
+        return Planned(node, "run", "it is forced (force=true)", print_)
+
+    def look() -> list[Any]:
+        try:
+            found = store.lookup(kind, print_)
+        except ArtifactError as error:
+            return [False, str(error)]
+        checkpoint = any(store.work(kind, print_).glob("step-*"))
+        return [found is not None, "no artifact yet; goes on from a checkpoint" if checkpoint else "no artifact yet"]
+
+    there, why = world.main(look, name="plan.look")
+    if not there:
+        return Planned(node, "run", why, print_)
+    artifact = store.lookup(kind, print_, verify=False)
+    if artifact is None:
+        return Planned(node, "run", why, print_)
+    return Planned(node, "reuse", f"{artifact.ref} is there", print_, artifact)
+
+
+def _machine() -> str:
+    """The CPU's name: what a latency depends on."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as stream:
+            return next((line.split(":", 1)[1].strip() for line in stream if line.startswith("model name")), "unknown CPU")
+    except OSError:
+        return "unknown CPU"
+
+
+def table(planned: list[Planned]) -> Any:
+    """The plan as a table for the console."""
+    from rich.table import Table
+
+    shown = Table(title="Plan", title_justify="left")
+    for column in ("stage", "kind", "needs", "action", "why"):
+        shown.add_column(column, overflow="fold")
+    for step in planned:
+        needs = ", ".join(f"{role}: {source}" if role != source else role for role, source in step.node.config.needs.items())
+        shown.add_row(step.node.name, step.node.config.kind, needs, step.action, step.why)
+    return shown

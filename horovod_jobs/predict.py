@@ -1,0 +1,317 @@
+"""Load any model artifact and predict with it; write the artifact of a torch model.
+
+    import horovod_jobs
+    model = horovod_jobs.load("runs/latest:student")
+    logits = model(inputs)                              # float32 [B, *model.input_shape] -> [B, model.num_classes]
+
+Torch is imported when a call needs it, so that a process which only runs ONNX does not carry it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from horovod_jobs.artifacts import INDEX, Artifact, open_artifact
+from horovod_jobs.errors import ArtifactError, ConfigError, DataError, SetupError
+from horovod_jobs.storage import write_json
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+WEIGHTS = "model.safetensors"
+ONNX_FILE = "model.onnx"
+CONFIG = "config.json"
+
+
+class Predictor(Protocol):
+    """A model that is ready to predict, whatever runs it.
+
+    ``format`` is ``torch`` or ``onnx``; ``parameters`` counts those of the model as it was trained.
+    """
+
+    format: str
+    input_shape: tuple[int, ...]
+    num_classes: int
+    class_names: tuple[str, ...]
+    parameters: int
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Logits ``[B, num_classes]`` (float32, CPU) of inputs ``[B, *input_shape]`` (float32); B may be 0.
+
+        Raises:
+            DataError: inputs of another shape.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What config.json says of a model."""
+
+    format: str
+    model: dict[str, Any]
+    num_classes: int
+    input_shape: tuple[int, ...]
+    class_names: tuple[str, ...]
+    parameters: int
+    directory: Path
+
+    @property
+    def file(self) -> Path:
+        """The file with the weights."""
+        return self.directory / (WEIGHTS if self.format == "torch" else ONNX_FILE)
+
+
+def save_model(
+    directory: Path,
+    model: nn.Module,
+    *,
+    model_node: Mapping[str, Any],
+    num_classes: int,
+    input_shape: Sequence[int],
+    class_names: Sequence[str],
+) -> None:
+    """Write model.safetensors and config.json, from which ``load`` builds the model again.
+
+    ``model_node`` is the ``_target_`` node that built it. Tensors that share memory are written once.
+
+    Raises:
+        StorageError: no space or no permission.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import save_model as write_weights
+
+    try:
+        write_weights(model, str(directory / WEIGHTS), metadata={"format": "pt", "torch": str(torch.__version__)})
+    except SafetensorError as error:  # Its own type, where others raise OSError.
+        raise OSError(f"{error}") from error
+    config = {
+        "format": "torch",
+        "model": dict(model_node),
+        "num_classes": num_classes,
+        "input_shape": list(input_shape),
+        "class_names": list(class_names),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+    write_json(directory / CONFIG, config)
+
+
+def read_config(path: str | Path | Artifact, *, verify: bool = True) -> ModelConfig:
+    """The config of a model artifact, of an export bundle, or of the bundle that a model.onnx lies in.
+
+    Raises:
+        ArtifactError: there is no model, or it is damaged.
+    """
+    if isinstance(path, Artifact):
+        return _read_directory(path.path)
+    path = resolve(path)
+    if path.is_file():
+        config = _read_directory(path.parent, verify=verify)
+        form = "onnx" if path.suffix == ".onnx" else "torch"
+        return ModelConfig(**{**vars(config), "format": form})
+    return _read_directory(path, verify=verify)
+
+
+def resolve(path: str | Path) -> Path:
+    """``runs/latest:student`` is the artifact of that run's stage; any other path is itself.
+
+    Raises:
+        ArtifactError: no such run or stage, or a stage that made nothing.
+    """
+    run, colon, stage = str(path).rpartition(":")
+    if not colon or Path(path).exists():
+        return Path(path)
+    manifest_path = Path(run) / "manifest.json"
+    try:
+        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+        stages = {entry["name"]: entry["artifact"] for entry in manifest["stages"]}
+        store = Path(run) / manifest["store"]
+    except FileNotFoundError as error:
+        raise ArtifactError(f"no run at {run} (there is no manifest.json); give a run's directory before the colon") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{manifest_path} cannot be read ({error}); give the path of an artifact instead") from error
+    if stages.get(stage) is None:
+        made = ", ".join(name for name, ref in stages.items() if ref) or "none"
+        raise ArtifactError(f"run {run} has no artifact of a stage {stage!r}; those with one: {made}")
+    return store / str(stages[stage])
+
+
+def _read_directory(directory: Path, *, verify: bool = False) -> ModelConfig:
+    if verify and (directory / INDEX).exists():
+        open_artifact(directory)  # Checks every digest; a bundle that was copied elsewhere has no index.
+    try:
+        raw = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        return ModelConfig(
+            format=str(raw["format"]),
+            model=dict(raw["model"]),
+            num_classes=int(raw["num_classes"]),
+            input_shape=tuple(int(size) for size in raw["input_shape"]),
+            class_names=tuple(str(name) for name in raw["class_names"]),
+            parameters=int(raw["parameters"]),
+            directory=directory,
+        )
+    except FileNotFoundError as error:
+        raise ArtifactError(
+            f"no model at {directory} (there is no {CONFIG}); give a model, quantized or export artifact, or RUN:STAGE"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{directory / CONFIG} cannot be read ({error!r}); run its job again to make it anew") from error
+
+
+def load_module(path: str | Path | Artifact, *, allow_targets: Sequence[str] = ()) -> nn.Module:
+    """The torch module of a model artifact, on the CPU, in evaluation mode.
+
+    Raises:
+        ArtifactError: an artifact without a torch model, or weights that do not fit the model it names.
+        ConfigError: its ``_target_`` is not allowed.
+    """
+    config = read_config(path)
+    if config.format != "torch":
+        raise ArtifactError(f"{config.directory} holds an {config.format} model; give a torch model (stage train or distill)")
+    return _build_module(config, allow_targets=allow_targets)
+
+
+def _build_module(config: ModelConfig, *, allow_targets: Sequence[str]) -> nn.Module:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_model as read_weights
+    from torch import nn
+
+    from horovod_jobs.instantiate import accepted, instantiate
+
+    offered = {"num_classes": config.num_classes, "input_shape": config.input_shape}
+    arguments = accepted(config.model, offered, allow=allow_targets)
+    module = instantiate(config.model, allow=allow_targets, where=f"{config.directory.name}.model", **arguments)
+    if not isinstance(module, nn.Module):
+        raise ArtifactError(f"{config.directory} names {config.model.get('_target_')}, which is no torch.nn.Module; train it again")
+    try:
+        read_weights(module, str(config.file), strict=True)
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{config.directory} has no {WEIGHTS}; give a torch model artifact") from error
+    except (RuntimeError, SafetensorError) as error:
+        what = "; ".join(line.strip() for line in str(error).splitlines()[:3])
+        raise ArtifactError(
+            f"the weights of {config.directory} do not fit {config.model.get('_target_')} ({what}); "
+            "run its job again with the model's present code"
+        ) from error
+    return module.eval()
+
+
+def load(
+    path: str | Path,
+    *,
+    threads: int | None = None,
+    device: str = "cpu",
+    allow_targets: Sequence[str] = (),
+) -> Predictor:
+    """Load a model, whatever its format: an artifact's directory, an export bundle, a model.onnx in one, or ``RUN:STAGE``.
+
+    threads: CPU threads; for a torch model this sets torch's number for the whole process. None: as torch has it.
+    device: where a torch model runs, such as ``cuda``.
+    allow_targets: modules of yours that a model's ``_target_`` may name; only those you trust.
+
+    Raises:
+        ArtifactError: there is no model, it is damaged, or it does not fit its code.
+        ConfigError: its ``_target_`` is not allowed, or a value cannot be used.
+    """
+    if threads is not None and threads < 1:
+        raise ConfigError(f"threads={threads} is not a positive number; use at least 1")
+    config = read_config(path)
+    import torch
+
+    if config.format == "onnx":
+        if device != "cpu":
+            raise ConfigError(f"device={device}: this ONNX model runs on the CPU; use device=cpu")
+        return OnnxPredictor(config, threads=threads or torch.get_num_threads())
+    if config.format != "torch":
+        raise ArtifactError(f"{config.directory} has format {config.format!r}; this package reads torch and onnx")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return TorchPredictor(_build_module(config, allow_targets=allow_targets), config, device=device)
+
+
+class TorchPredictor:
+    """A torch module in evaluation mode. Use ``load``."""
+
+    format = "torch"
+
+    def __init__(self, module: nn.Module, config: ModelConfig, *, device: torch.device | str = "cpu") -> None:
+        self.input_shape, self.num_classes = config.input_shape, config.num_classes
+        self.class_names, self.parameters = config.class_names, config.parameters
+        self.module = module.eval().to(device)
+        self.device = device
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """See ``Predictor``."""
+        import torch
+
+        _check_shape(inputs.shape, self.input_shape)
+        if len(inputs) == 0:
+            return torch.empty(0, self.num_classes)
+        with torch.no_grad():
+            logits: Tensor = self.module(inputs.to(self.device, torch.float32))
+        return logits.float().cpu()
+
+
+class OnnxPredictor:
+    """An ONNX file in onnxruntime on the CPU. Use ``load``."""
+
+    format = "onnx"
+
+    def __init__(self, config: ModelConfig, *, threads: int) -> None:
+        self.input_shape, self.num_classes = config.input_shape, config.num_classes
+        self.class_names, self.parameters = config.class_names, config.parameters
+        self._session = open_session(config.file, threads=threads)
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """See ``Predictor``."""
+        import torch
+
+        _check_shape(inputs.shape, self.input_shape)
+        if len(inputs) == 0:  # Not every kernel of onnxruntime takes an empty batch.
+            return torch.empty(0, self.num_classes)
+        return torch.from_numpy(self.run(inputs.detach().to("cpu", torch.float32).contiguous().numpy()))
+
+    def run(self, inputs: Any) -> Any:
+        """The same on a NumPy array; a batch of at least one sample."""
+        return self._session.run(["logits"], {"inputs": inputs})[0]
+
+
+def open_session(path: Path, *, threads: int, optimized: Path | None = None) -> Any:
+    """An onnxruntime session on the CPU; ``optimized`` is where it writes the graph that it really runs.
+
+    Raises:
+        ArtifactError: the file is missing or is no ONNX model that this onnxruntime runs.
+        SetupError: onnxruntime is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise SetupError("an ONNX model needs onnxruntime, which is not installed; pip install onnxruntime") from error
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # Errors; it warns of any initializer that it folds away.
+    # Ranks share the cores: a thread that spins between batches takes them from a neighbour.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    if not path.is_file():
+        raise ArtifactError(f"{path.parent} has no {path.name}; give an artifact or a bundle with an ONNX model")
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions share no public base class.
+        raise ArtifactError(
+            f"onnxruntime {onnxruntime.__version__} cannot load {path} ({str(error).splitlines()[0]}); make it anew"
+        ) from error
+
+
+def _check_shape(shape: Sequence[int], expected: tuple[int, ...]) -> None:
+    if tuple(shape[1:]) != expected or len(shape) != len(expected) + 1:
+        wanted = ", ".join(str(size) for size in ("B", *expected))
+        raise DataError(f"inputs have shape {list(shape)}, but the model takes [{wanted}]; reshape them")

@@ -1,0 +1,1 @@
+"""Quantization: recipes (what becomes an integer, and how) and backends (which file a runtime gets)."""

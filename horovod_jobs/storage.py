@@ -1,0 +1,128 @@
+"""Files that a reader never sees half-written: write beside the target, fsync, rename."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from horovod_jobs.errors import StorageError
+
+_REMEDY = {
+    errno.ENOSPC: "free some space or choose another directory (run.root=..., run.store=...)",
+    errno.EDQUOT: "your quota is spent; free some space or choose another directory (run.root=..., run.store=...)",
+    errno.EACCES: "choose a directory that you may write (run.root=..., run.store=...)",
+    errno.EPERM: "choose a directory that you may write (run.root=..., run.store=...)",
+    errno.EROFS: "the file system is read-only; choose another directory (run.root=..., run.store=...)",
+    errno.ENOTDIR: "a file stands where a directory is wanted; choose another directory (run.root=..., run.store=...)",
+    errno.EEXIST: "a file stands where a directory is wanted; choose another directory (run.root=..., run.store=...)",
+}
+
+
+@contextmanager
+def storage_errors(what: str, path: Path) -> Iterator[None]:
+    """Turn an ``OSError`` of the body into one line that names the path and the remedy.
+
+    Raises:
+        StorageError: the body failed for want of space, permission or a usable path.
+    """
+    try:
+        yield
+    except OSError as error:
+        remedy = _REMEDY.get(error.errno or 0, "check the path and try again")
+        place = error.filename if error.filename else path
+        raise StorageError(f"cannot {what} {place} ({error.strerror or error}); {remedy}") from error
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def canonical_json(value: Any) -> str:
+    """The same text for the same value: sorted keys, no spaces. A NaN or an object of another type is refused."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 (hex) of a JSON value's canonical text."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def _fsync_dir(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file's content atomically.
+
+    Raises:
+        StorageError: it cannot be written; what was there before is untouched.
+    """
+    with storage_errors("write", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.chmod(name, 0o644)
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+        _fsync_dir(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a file by a value's JSON text, atomically. Raises: see ``write_text``."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def publish_dir(staging: Path, target: Path) -> None:
+    """Make a finished directory visible under its name in one step; whatever stood there is replaced.
+
+    Raises:
+        StorageError: it cannot be published; what was there before is untouched.
+    """
+    with storage_errors("publish", target):
+        for path in staging.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as stream:
+                    os.fsync(stream.fileno())
+        _fsync_dir(staging)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        old = None
+        if target.exists():
+            # rename() refuses a directory that is not empty, so the old one steps aside first.
+            old = Path(tempfile.mkdtemp(dir=target.parent, prefix=".old-"))
+            os.replace(target, old / "content")
+        os.replace(staging, target)
+        _fsync_dir(target.parent)
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def update_link(link: Path, to: str) -> None:
+    """Point a symbolic link at ``to``, atomically."""
+    with storage_errors("link", link):
+        temporary = link.with_name(f".{link.name}.{os.getpid()}")
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(to)
+        os.replace(temporary, link)

@@ -1,0 +1,1 @@
+"""Tasks: what the loss and the metrics of a problem are."""

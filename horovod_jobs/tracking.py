@@ -1,0 +1,86 @@
+"""Where scalars go while a job runs. One tracker a job, on rank 0; the others hold a null tracker."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from horovod_jobs.errors import SetupError
+
+
+class Tracker(Protocol):
+    """Takes named scalars. ``open`` is called once a job, ``close`` at its end."""
+
+    def open(self, *, run_dir: Path, run_id: str, config: dict[str, Any]) -> None: ...
+    def scalar(self, name: str, value: float, *, step: int) -> None: ...
+    def close(self) -> None: ...
+
+
+class NullTracker:
+    """Keeps nothing."""
+
+    def open(self, *, run_dir: Path, run_id: str, config: dict[str, Any]) -> None:
+        """Nothing to open."""
+
+    def scalar(self, name: str, value: float, *, step: int) -> None:
+        """Nothing is kept."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+class TensorBoard:
+    """Event files in ``<run>/tensorboard``; read them with ``tensorboard --logdir runs``."""
+
+    def __init__(self, *, flush_s: int = 10) -> None:
+        self._flush_s = flush_s
+        self._writer: Any = None
+
+    def open(self, *, run_dir: Path, run_id: str, config: dict[str, Any]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), flush_secs=self._flush_s)
+
+    def scalar(self, name: str, value: float, *, step: int) -> None:
+        self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+class MLflow:
+    """An MLflow store without a server: ``sqlite:///runs/mlflow.db`` or a directory. Needs the extra ``mlflow``."""
+
+    def __init__(self, *, uri: str = "sqlite:///runs/mlflow.db", experiment: str = "horovod_jobs") -> None:
+        self._uri = uri
+        self._experiment = experiment
+        self._client: Any = None
+        self._run_id = ""
+
+    def open(self, *, run_dir: Path, run_id: str, config: dict[str, Any]) -> None:
+        try:
+            from mlflow.tracking import MlflowClient
+        except ImportError as error:
+            raise SetupError(
+                f"tracker=mlflow needs mlflow-skinny ({error}); install it: pip install 'horovod-jobs[mlflow]'"
+            ) from error
+        self._client = MlflowClient(tracking_uri=self._uri)
+        found = self._client.get_experiment_by_name(self._experiment)
+        experiment_id = found.experiment_id if found else self._client.create_experiment(self._experiment)
+        self._run_id = self._client.create_run(experiment_id, run_name=run_id).info.run_id
+        for key, value in _flat(config):
+            self._client.log_param(self._run_id, key, str(value)[:500])
+
+    def scalar(self, name: str, value: float, *, step: int) -> None:
+        self._client.log_metric(self._run_id, name, value, step=step)
+
+    def close(self) -> None:
+        if self._client is not None:
+            self._client.set_terminated(self._run_id)
+
+
+def _flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    if isinstance(value, dict):
+        return [item for key, entry in value.items() for item in _flat(entry, f"{prefix}.{key}" if prefix else str(key))]
+    return [(prefix, value)]

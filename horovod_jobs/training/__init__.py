@@ -1,0 +1,1 @@
+"""The one fit loop, objectives, schedules, precision and checkpoints."""

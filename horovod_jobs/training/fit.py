@@ -1,0 +1,412 @@
+"""The fit loop: one for every objective. Read ``Fit.run`` from top to bottom.
+
+Every sample's place is a function of (seed, epoch), every random number of (seed, step, rank), every rate of the step: so a run
+that was cut off and resumed is the run that was not, and world sizes differ by rounding only.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from horovod_jobs.comm.world import World
+from horovod_jobs.config import FitConfig
+from horovod_jobs.data.base import Batch, batches
+from horovod_jobs.data.sharding import epoch_permutation, micro_batches, num_batches
+from horovod_jobs.errors import NonFiniteError
+from horovod_jobs.evaluation import evaluate
+from horovod_jobs.footprint import Footprint
+from horovod_jobs.interrupt import stopped
+from horovod_jobs.stages.base import StageContext
+from horovod_jobs.storage import digest_of
+from horovod_jobs.strategy.base import Strategy
+from horovod_jobs.training.checkpoint import Checkpoints
+from horovod_jobs.training.ema import Ema
+from horovod_jobs.training.precision import Precision, choose_device
+from horovod_jobs.training.schedules import Schedule
+
+_VALIDATION_BATCH = 256
+
+
+@dataclass
+class FitState:
+    """Where training is. Plain values: it travels in checkpoints."""
+
+    epoch: int = 0
+    batch: int = 0  # global batches of this epoch that are done
+    step: int = 0
+    best: float | None = None
+    best_step: int | None = None
+    epochs_since_best: int = 0
+    finished: bool = False
+    sums: dict[str, float] = field(default_factory=dict)  # of this epoch so far
+    history: list[dict[str, float | int]] = field(default_factory=list)
+
+
+@dataclass
+class Timing:
+    """Seconds of this rank since the last reading, by what they went into."""
+
+    data: float = 0.0
+    compute: float = 0.0
+    exchange: float = 0.0
+    total: float = 0.0
+    steps: int = 0
+    samples: int = 0
+
+    def figures(self) -> dict[str, float]:
+        steps = max(1, self.steps)
+        return {
+            "samples_per_s": self.samples / self.total if self.total else 0.0,
+            "step_ms": 1000 * self.total / steps,
+            "data_ms": 1000 * self.data / steps,
+            "compute_ms": 1000 * self.compute / steps,
+            "exchange_ms": 1000 * self.exchange / steps,
+        }
+
+
+class Fit:
+    """Trains an objective's parameters on the training split of ``ctx.data``."""
+
+    def __init__(
+        self,
+        ctx: StageContext,
+        objective: Any,
+        *,
+        config: FitConfig,
+        global_batch: int,
+        optimizer: torch.optim.Optimizer,
+        schedule: Schedule,
+        strategy: Strategy,
+        augment: bool,
+        identity: str,
+    ) -> None:
+        self.ctx, self.world, self.config = ctx, ctx.world, config
+        self.objective: Any = objective
+        self.global_batch = global_batch
+        self.optimizer, self.schedule = optimizer, schedule
+        self.augment = ctx.data.augment if augment else None
+        self.device = next(objective.parameters()).device
+        self.precision = Precision(config.precision, device=self.device)
+        self.checkpoints = Checkpoints(ctx.work, keep=config.checkpoint_keep, world=ctx.world, log=ctx.log)
+        self.state = FitState()
+        self.timing, self.whole = Timing(), Timing()
+        self.identity = identity
+        self.spent_before: Footprint | None = None
+        self.resumed_from: int | None = None
+        self.steps_per_epoch = num_batches(len(ctx.data.train), global_batch=global_batch, drop_last=config.drop_last)
+        self.total_steps = self.steps_per_epoch * config.epochs
+        if config.max_steps is not None:
+            self.total_steps = min(self.total_steps, config.max_steps)
+        self.rates = [group["lr"] * self._rate_scale() for group in optimizer.param_groups]
+        self.ema = Ema(objective, decay=config.ema_decay) if config.ema_decay is not None else None
+        self.strategy = strategy
+
+    def _rate_scale(self) -> float:
+        """Linear scaling of the rate with the batch (Goyal et al. 2017, arXiv:1706.02677, section 2.1)."""
+        reference = self.config.lr_reference_batch
+        return 1.0 if reference is None else self.global_batch / reference
+
+    # --- 1. the run -------------------------------------------------------------------------------------------------
+    def run(self) -> FitState:
+        """Collective. Train to the end, or to an agreed stop.
+
+        Raises:
+            Interrupted: a stop was agreed; a checkpoint is written.
+            NonFiniteError: a rank's loss is NaN or infinite; nothing is published.
+            StorageError: a checkpoint cannot be written; the ones before are whole.
+        """
+        strategy_state = self._resume()
+        self._broadcast()
+        self.updater = self.strategy.bind(
+            self.optimizer,
+            self.objective.named_parameters(),
+            world=self.world,
+            accumulate=self.config.accumulate,
+            total_steps=self.total_steps,
+        )
+        self.updater.restore(strategy_state)
+        self.last_checkpoint = time.monotonic()
+        try:
+            with self.ctx.console.progress(self.ctx.name, self.total_steps) as self.progress:
+                while not self.state.finished:
+                    self._epoch()
+        finally:
+            self.updater.close()
+        if self.config.publish == "best" and self.state.best_step is not None:
+            self.objective.load_state_dict(self.checkpoints.load_best(self.state.best_step))
+        elif self.ema is not None:
+            self.objective.load_state_dict(self.ema.average)
+        return self.state
+
+    # --- 2. an epoch ------------------------------------------------------------------------------------------------
+    def _epoch(self) -> None:
+        state = self.state
+        self.objective.train()
+        order = epoch_permutation(len(self.ctx.data.train), seed=self.ctx.seed, epoch=state.epoch)
+        plan = list(order.split(self.global_batch))[: self.steps_per_epoch][state.batch :]
+        loader = self._load(plan)
+        for indices in plan:
+            if state.step >= self.total_steps:
+                break
+            self._step(indices, loader)
+        if state.batch >= self.steps_per_epoch or state.step >= self.total_steps:
+            self._end_epoch()
+
+    def _load(self, plan: list[Tensor]) -> Iterator[Batch]:
+        world, accumulate = self.world, self.config.accumulate
+        mine = (
+            part
+            for indices in plan
+            for part in micro_batches(indices, rank=world.rank, size=world.size, accumulate=accumulate)
+        )
+        return batches(self.ctx.data.train, mine, workers=self.config.workers)
+
+    # --- 3. an update -----------------------------------------------------------------------------------------------
+    def _step(self, indices: Tensor, loader: Iterator[Batch]) -> None:
+        state, clock = self.state, time.perf_counter
+        start = clock()
+        seed_step(self.ctx.seed, state.step, self.world.rank)
+        self._set_rate()
+        self.updater.zero_grad()
+        data_s = 0.0
+        sums: dict[str, Tensor] = {}
+        for _ in range(self.config.accumulate):
+            asked = clock()
+            batch = self._next(loader)
+            data_s += clock() - asked
+            with self.precision.autocast():
+                output = self.objective(batch)
+            # Divided by the global batch here and summed by the exchange: exact for shares of any size.
+            self.precision.scale(output.loss / len(indices)).backward()
+            for name, value in {"loss": output.loss.detach(), **output.sums}.items():
+                sums[name] = sums[name] + value if name in sums else value
+        names, local = list(sums), torch.stack([value.double() for value in sums.values()]).cpu()
+        finite = bool(torch.isfinite(local).all())
+        computed = clock()
+        agreed = self._agree(local, finite=finite)
+        self.updater.synchronize()
+        control = agreed.wait().tolist()
+        exchanged = clock()
+        if control[0] > 0:
+            self._non_finite(indices, finite=finite)
+        self.precision.unscale(self.updater)
+        if self.config.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.objective.parameters(), self.config.clip_norm)
+        self.precision.step(self.updater)
+        if self.ema is not None:
+            self.ema.update()
+        end = clock()
+        for timing in (self.timing, self.whole):
+            timing.data += data_s
+            timing.compute += computed - start - data_s + end - exchanged
+            timing.exchange += exchanged - computed
+            timing.total += end - start
+            timing.steps += 1
+            timing.samples += len(indices)
+        self.updater.finish_step(end - start)
+        self._account(dict(zip(names, control[4:], strict=True)), count=len(indices))
+        self.checkpoint_due = control[3] > 0
+        self._after_step(stop=control[1:3])
+
+    def _next(self, loader: Iterator[Batch]) -> Batch:
+        batch = next(loader)
+        if self.augment is not None and len(batch):
+            inputs = self.augment(batch.inputs, seed=self.ctx.seed, epoch=self.state.epoch, indices=batch.indices)
+            batch = Batch(inputs, batch.targets, batch.indices)
+        batch = batch.to(self.device)
+        if self.config.channels_last and batch.inputs.dim() == 4:
+            batch = Batch(batch.inputs.contiguous(memory_format=torch.channels_last), batch.targets, batch.indices)
+        return batch
+
+    def _agree(self, sums: Tensor, *, finite: bool) -> Any:
+        """Start the one small collective of a step, which travels with the gradients: [non-finite, stop, Ctrl-C, checkpoint, sums...]."""
+        due = 0.0
+        if self.world.is_main and self.config.checkpoint_every_s is not None:
+            due = float(time.monotonic() - self.last_checkpoint >= self.config.checkpoint_every_s)
+        stop = self.ctx.stop.code
+        head = torch.tensor([float(not finite), float(stop == 1), float(stop == 2), due], dtype=torch.float64)
+        return self.world.allreduce_async(torch.cat([head, sums if finite else torch.zeros_like(sums)]), name="fit.control")
+
+    def _account(self, sums: dict[str, float], *, count: int) -> None:
+        state = self.state
+        state.step += 1
+        state.batch += 1
+        for name, value in sums.items():
+            state.sums[name] = state.sums.get(name, 0.0) + value
+        state.sums["count"] = state.sums.get("count", 0.0) + count
+        self.progress.update(state.step, f"loss {sums['loss'] / count:.4f}")
+        if state.step % self.config.log_every_steps == 0:
+            self._log_scalars({"train_loss": sums["loss"] / count, **self.timing.figures()})
+            self.timing = Timing()
+
+    def _after_step(self, *, stop: list[float]) -> None:
+        every = self.config.checkpoint_every_steps
+        code = 2 if stop[1] > 0 else 1 if stop[0] > 0 else 0
+        if code or self.checkpoint_due or (every is not None and self.state.step % every == 0):
+            self.save()
+        if code:
+            raise stopped(code, where=f"in stage {self.ctx.name} after step {self.state.step} of {self.total_steps}")
+
+    # --- 4. the end of an epoch -------------------------------------------------------------------------------------
+    def _end_epoch(self) -> None:
+        state, config = self.state, self.config
+        sums = state.sums
+        entry: dict[str, float | int] = {"epoch": state.epoch + 1, "step": state.step, "lr": self.optimizer.param_groups[0]["lr"]}
+        if sums.get("count"):
+            entry["train_loss"] = sums["loss"] / sums["count"]
+            entry["train_accuracy"] = sums["correct"] / sums["count"] if "correct" in sums else float("nan")
+        entry["samples_per_s"] = self.whole.figures()["samples_per_s"]
+        last = state.epoch + 1 >= config.epochs or state.step >= self.total_steps
+        every = config.validate_every_epochs
+        state.epoch, state.batch, state.sums = state.epoch + 1, 0, {}
+        if self.ctx.data.validation is not None and (last or (every > 0 and state.epoch % every == 0)):
+            entry.update(self.validate())
+            self._note_best(float(entry["validation_accuracy"]))
+        patience = config.early_stop_epochs
+        state.finished = last or (patience is not None and state.epochs_since_best >= patience)
+        entry = {key: value for key, value in entry.items() if not (isinstance(value, float) and math.isnan(value))}
+        state.history.append(entry)
+        self._log_scalars({key: float(value) for key, value in entry.items() if key not in ("epoch", "step")})
+        self.ctx.events.emit("epoch", stage=self.ctx.name, **entry)
+        shown = ", ".join(f"{key.replace('_', ' ')} {entry[key]:.4g}" for key in
+                          ("train_loss", "validation_loss", "validation_accuracy", "samples_per_s") if key in entry)  # fmt: skip
+        self.ctx.log.info("%s: epoch %d of %d, %s", self.ctx.name, state.epoch, config.epochs, shown)
+
+    def validate(self) -> dict[str, float]:
+        """Collective. Loss and accuracy on the validation split, with the averaged weights where there are."""
+        if self.ema is not None:
+            with self.ema.applied():
+                return self._validate()
+        return self._validate()
+
+    def _validate(self) -> dict[str, float]:
+        split = self.ctx.data.validation
+        assert split is not None
+        self.objective.eval()
+        sums = evaluate(
+            self.objective.model,
+            split,
+            self.ctx.task,
+            world=self.world,
+            batch=_VALIDATION_BATCH,
+            name="fit.validation",
+            device=self.device,
+        )
+        self.objective.train()
+        figures = self.ctx.task.summary(sums)
+        return {"validation_loss": float(figures["loss"]), "validation_accuracy": float(figures[self.ctx.task.primary])}
+
+    def _note_best(self, value: float) -> None:
+        state = self.state
+        if state.best is not None and value <= state.best:
+            state.epochs_since_best += 1
+            return
+        state.best, state.best_step, state.epochs_since_best = value, state.step, 0
+        if self.config.publish == "best":
+            weights = self.ema.average if self.ema is not None else self.objective.state_dict()
+            self.checkpoints.save_best({key: tensor.cpu() for key, tensor in weights.items()}, step=state.step)
+
+    # --- 5. checkpoints ---------------------------------------------------------------------------------------------
+    def save(self) -> None:
+        """Collective. Write a checkpoint."""
+        spent = self.ctx.spent()
+        if self.spent_before is not None:
+            spent = self.spent_before + spent
+        state = {
+            "identity": self.identity,
+            "objective": self.objective.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema.average if self.ema is not None else {},
+            "precision": self.precision.state(),
+            "strategy": self.updater.state(),
+            "fit": asdict(self.state),
+            "spent": spent.to_json(),
+        }
+        self.checkpoints.save(state, step=self.state.step, best_step=self.state.best_step)
+        self.last_checkpoint = time.monotonic()
+        self.ctx.events.emit("checkpoint", stage=self.ctx.name, step=self.state.step)
+
+    def _resume(self) -> dict[str, Any]:
+        """Collective. Take the newest whole checkpoint, if there is one. Gives the strategy's part of it."""
+        saved = self.checkpoints.load_last()
+        if saved is None:
+            return {}
+        if saved["identity"] != self.identity:
+            self.ctx.log.warning("%s: a checkpoint of another version of this stage is left aside", self.ctx.name)
+            return {}
+        self.objective.load_state_dict(saved["objective"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if self.ema is not None:
+            self.ema.average = {key: value.to(self.device) for key, value in saved["ema"].items()}
+        self.precision.restore(saved["precision"])
+        self.state = FitState(**saved["fit"])
+        self.spent_before = Footprint.from_json(saved["spent"])
+        self.resumed_from = self.state.step
+        self.ctx.log.info("%s: goes on from step %d of %d", self.ctx.name, self.state.step, self.total_steps)
+        self.ctx.events.emit("resume", stage=self.ctx.name, step=self.state.step)
+        return dict(saved["strategy"])
+
+    def _broadcast(self) -> None:
+        """Collective. Rank 0's parameters and buffers on every rank; the optimizer's state is empty or came with the checkpoint."""
+        with torch.no_grad():
+            for name, tensor in self.objective.state_dict().items():
+                tensor.copy_(self.world.broadcast(tensor, name=f"fit.state.{name}"))
+
+    # --- 6. helpers -------------------------------------------------------------------------------------------------
+    def _set_rate(self) -> None:
+        factor = self.schedule.factor(self.state.step, total=self.total_steps, steps_per_epoch=self.steps_per_epoch)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+
+    def _non_finite(self, indices: Tensor, *, finite: bool) -> None:
+        """Collective: every rank comes here in the same step."""
+        world, state = self.world, self.state
+        mine = torch.cat(micro_batches(indices, rank=world.rank, size=world.size, accumulate=self.config.accumulate)).tolist()
+        inputs = self.ctx.data.train.fetch(torch.tensor(mine, dtype=torch.int64)).inputs
+        bad = [index for index, row in zip(mine, inputs, strict=True) if not bool(torch.isfinite(row).all())]
+        told = world.gather_json([[] if finite else mine, bad], name="fit.non_finite")
+        ranks = [rank for rank, (part, _) in enumerate(told) if part]
+        samples = [index for part, _ in told for index in part]
+        broken = [index for _, part in told for index in part]
+        self.ctx.events.emit("non_finite", stage=self.ctx.name, step=state.step, ranks=ranks, samples=samples)
+        shown = ", ".join(map(str, samples[:8])) + (f", ... ({len(samples)} in all, in events.jsonl)" if len(samples) > 8 else "")
+        if broken:
+            shown += f"; the inputs of {', '.join(map(str, broken[:8]))} are not finite themselves"
+        raise NonFiniteError(
+            f"the loss is not finite in stage {self.ctx.name} at step {state.step} (epoch {state.epoch + 1}) on rank "
+            f"{', '.join(map(str, ranks))}, training samples {shown}; lower optimizer.lr, set fit.clip_norm, or look at these samples. "
+            "Nothing was published"
+        )
+
+    def _log_scalars(self, values: dict[str, float]) -> None:
+        for name, value in {**values, "lr": self.optimizer.param_groups[0]["lr"]}.items():
+            self.ctx.tracker.scalar(f"{self.ctx.name}/{name}", value, step=self.state.step)
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Random numbers (dropout, say) are a function of the step and the rank: a resumed run draws what it would have drawn."""
+    mixed = int(digest_of([seed, step, rank])[:15], 16)
+    torch.manual_seed(mixed)
+    random.seed(mixed)
+    np.random.seed(mixed % 2**32)
+
+
+def place(objective: torch.nn.Module, *, config: FitConfig, world: World) -> torch.device:
+    """Move an objective to this rank's device and memory layout, and compile its model where asked."""
+    device = choose_device(config.device, local_rank=world.local_rank)
+    objective.to(device)
+    if config.channels_last:
+        objective.to(memory_format=torch.channels_last)
+    if config.compile:
+        objective.model.compile()
+    return device
+

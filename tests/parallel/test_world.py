@@ -1,0 +1,74 @@
+"""Collectives, and how errors are agreed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from horovod_jobs.comm.world import World
+from horovod_jobs.errors import DataError, WorldError
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 5), (300, 400)])
+def test_allreduce_sums_over_ranks(world: World, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    mine = torch.full(shape, world.rank + 1).to(dtype)
+    total = world.allreduce(mine, name="test.sum")
+    assert total.dtype == dtype
+    assert total.shape == mine.shape
+    assert torch.equal(total, torch.full(shape, world.size * (world.size + 1) // 2).to(dtype))
+    assert torch.equal(mine, torch.full(shape, world.rank + 1).to(dtype)), "the argument is left as it was"
+
+
+@pytest.mark.parametrize(("op", "wanted"), [("min", lambda n: 0.0), ("max", lambda n: n - 1.0), ("average", lambda n: (n - 1) / 2)])
+@pytest.mark.parametrize("size", [4, 40000])
+def test_other_reductions(world: World, op: str, wanted, size: int) -> None:
+    mine = torch.full((size,), float(world.rank))
+    assert torch.equal(world.allreduce(mine, name=f"test.{op}", op=op), torch.full((size,), wanted(world.size)))
+
+
+def test_broadcast_gives_the_roots_tensor(world: World) -> None:
+    got = world.broadcast(torch.arange(6).reshape(2, 3) * (world.rank + 1), name="test.broadcast", root=1)
+    assert torch.equal(got, torch.arange(6).reshape(2, 3) * 2)
+
+
+def test_gather_keeps_order_and_lengths(world: World) -> None:
+    got = world.gather_bytes(b"x" * world.rank, name="test.bytes")
+    assert got == [b"x" * rank for rank in range(world.size)]
+    assert world.gather_json({"rank": world.rank}, name="test.json") == [{"rank": rank} for rank in range(world.size)]
+
+
+def test_main_runs_once_and_tells_everyone(world: World) -> None:
+    calls: list[int] = []
+
+    def work() -> dict[str, int]:
+        calls.append(1)
+        return {"answer": 42}
+
+    assert world.main(work, name="test.main") == {"answer": 42}
+    assert len(calls) == int(world.is_main)
+
+
+def test_an_error_on_rank_0_is_raised_on_every_rank(world: World) -> None:
+    def work() -> None:
+        raise DataError("file is missing (x); fetch it")
+
+    with pytest.raises(DataError, match=r"file is missing \(x\); fetch it"):
+        world.main(work, name="test.main.error")
+
+
+def test_an_error_on_one_rank_is_raised_on_every_rank(world: World) -> None:
+    with pytest.raises(DataError, match="only here"), world.agreed("test"):
+        if world.rank == world.size - 1:
+            raise DataError("only here")
+
+
+def test_a_bug_on_one_rank_stops_the_others_with_its_rank(world: World) -> None:
+    last = world.size - 1
+    wanted = ZeroDivisionError if world.rank == last else WorldError
+    with pytest.raises(wanted) as caught, world.agreed("test"):
+        if world.rank == last:
+            _ = 1 / 0
+    if world.rank != last:
+        assert f"rank {last} failed" in str(caught.value)
+        assert "ZeroDivisionError" in str(caught.value)

@@ -1,0 +1,111 @@
+"""What is started, without starting it; and the world that is, with a stand-in launcher."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from horovod_jobs.config import LaunchConfig
+from horovod_jobs.errors import ConfigError, SetupError
+from horovod_jobs.launch import Host, LaunchPlan, plan, run_world
+
+HOST = Host(python="/venv/bin/python", mpirun="/venv/bin/mpirun", horovodrun="/venv/bin/horovodrun", has_mpi4py=True,
+            has_horovod=True, cores=8, is_root=False)  # fmt: skip
+ENVIRON = {"PATH": "/usr/bin", "HOME": "/home/me", "AWS_SECRET_ACCESS_KEY": "secret", "HOROVOD_CYCLE_TIME": "2", "OMPI_COMM_WORLD_RANK": "3",
+           "HOROVOD_RANK": "3", "LC_ALL": "C", "MY_TOKEN": "x"}  # fmt: skip
+
+
+def planned(launch: LaunchConfig, host: Host = HOST) -> LaunchPlan:
+    return plan(launch, host=host, environ=ENVIRON, command=["python", "job"])
+
+
+def test_the_tuned_mpi_command() -> None:
+    assert planned(LaunchConfig(kind="local", np=4)).argv == [
+        "/venv/bin/mpirun", "-np", "4", "--bind-to", "none", "--map-by", "slot:OVERSUBSCRIBE",
+        "--mca", "mpi_yield_when_idle", "1", "--mca", "btl", "self,sm", "--mca", "pml", "ob1",
+        "--mca", "coll_tuned_use_dynamic_rules", "1", "--mca", "coll_tuned_allreduce_algorithm", "4", "python", "job",
+    ]  # fmt: skip
+
+
+def test_only_what_a_rank_needs_of_the_environment_travels() -> None:
+    env = planned(LaunchConfig(kind="local", np=4, env=["MY_TOKEN"])).env
+    assert env == {"PATH": "/venv/bin:/usr/bin", "HOME": "/home/me", "HOROVOD_CYCLE_TIME": "2", "LC_ALL": "C", "MY_TOKEN": "x",
+                   "OMP_NUM_THREADS": "2"}  # fmt: skip
+    with pytest.raises(ConfigError, match="launch.env names NOT_SET, which is not set here"):
+        planned(LaunchConfig(kind="local", np=4, env=["NOT_SET"]))
+
+
+def test_root_and_threads() -> None:
+    env = planned(LaunchConfig(kind="local", np=16, threads=3), Host(**{**HOST.__dict__, "is_root": True})).env
+    assert env["OMPI_ALLOW_RUN_AS_ROOT"] == env["OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"] == "1"
+    assert env["OMP_NUM_THREADS"] == "3"
+
+
+def test_gloo_is_taken_where_mpi_is_not() -> None:
+    for change in ({"mpirun": None}, {"has_mpi4py": False}):
+        host = Host(**{**HOST.__dict__, **change})
+        found = planned(LaunchConfig(kind="local", np=2), host)
+        assert (found.controller, found.argv) == ("gloo", ["/venv/bin/horovodrun", "--gloo", "-np", "2", "python", "job"])
+        with pytest.raises(SetupError, match="launch.controller=mpi needs (mpirun|mpi4py), which is not installed"):
+            planned(LaunchConfig(kind="local", np=2, controller="mpi"), host)
+
+
+def test_without_horovod_a_world_says_how_to_build_it() -> None:
+    with pytest.raises(SetupError, match="launch/build_horovod.sh"):
+        planned(LaunchConfig(kind="local", np=2), Host(**{**HOST.__dict__, "has_horovod": False}))
+
+
+def world_of(script: str) -> LaunchPlan:
+    return LaunchPlan([sys.executable, "-c", script], {**os.environ, "PYTHONPATH": os.getcwd()}, "mpi")
+
+
+@pytest.mark.parametrize(
+    ("script", "code"),
+    [
+        ("pass", 0),
+        ("import sys; sys.exit(3)", 3),
+        ("import os; os.kill(os.getpid(), 9)", 137),
+        ("from horovod_jobs import launch; launch.record_exit(75)", 75),
+        ("import sys; from horovod_jobs import launch; launch.record_exit(75); sys.exit(1)", 75),
+    ],
+)
+def test_the_exit_code_is_the_jobs(script: str, code: int) -> None:
+    assert run_world(world_of(script), grace_s=1.0) == code
+
+
+RANK = """
+import os, signal, sys, time, pathlib
+from horovod_jobs import launch
+def stop(number, frame):
+    if {obey}:
+        launch.record_exit(75); sys.exit(75)
+signal.signal(signal.SIGTERM, stop)
+launch.register_rank()
+pathlib.Path({ready!r}).touch()
+while True: time.sleep(0.05)
+"""
+
+
+@pytest.mark.parametrize(("obey", "code"), [(True, 75), (False, 137)])
+def test_sigterm_reaches_the_ranks_and_the_deaf_are_killed(tmp_path: Path, obey: bool, code: int) -> None:
+    ready = tmp_path / "ready"
+
+    def later() -> None:
+        while not ready.exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    sender = threading.Thread(target=later)
+    sender.start()
+    started = time.monotonic()
+    # A deaf rank ignores SIGTERM, from us and from the launcher: only SIGKILL ends it, after the grace and ten seconds more.
+    got = run_world(world_of(RANK.format(obey=obey, ready=str(ready))), grace_s=0.5)
+    sender.join()
+    assert got == code
+    assert time.monotonic() - started < 20

@@ -20,6 +20,7 @@ from horovod_jobs import launch
 from horovod_jobs.comm.connect import connect, launched_by, rank_hint
 from horovod_jobs.comm.world import World
 from horovod_jobs.errors import ConfigError, JobError
+from horovod_jobs.instantiate import instantiate, is_node
 from horovod_jobs.interrupt import StopRequest
 from horovod_jobs.job import Job, one_line, register_schema, resolve
 
@@ -59,10 +60,19 @@ def main() -> None:
 
 
 def _task(cfg: DictConfig) -> None:
+    try:
+        _job(cfg)
+    except JobError as error:
+        _fail(error)  # Here and not in main: Hydra would print a line of its own about any exception.
+
+
+def _job(cfg: DictConfig) -> None:
     job = resolve(cfg)
     inside = launched_by() != "none"
     if job.config.launch.kind != "none" and not inside:
-        code = launch.start(job.config.launch, overrides=list(HydraConfig.get().overrides.task), config=_config_arguments())
+        code = launch.start(
+            job.config.launch, overrides=list(HydraConfig.get().overrides.task), config=_config_arguments()
+        )
         if code != 0:
             sys.exit(code)
         return
@@ -81,6 +91,7 @@ def _config_arguments() -> list[str]:
 
 def _run_here(job: Job) -> None:
     global _world
+    _apply_settings(job)
     if _world is None:
         _world = connect()
         launch.set_threads(_world.local_size)
@@ -94,20 +105,40 @@ def _run_here(job: Job) -> None:
     with StopRequest().installed() as stop:
         outcome = Run(job, world, command=_command(), stop=stop)()
     if world.is_main:
-        from horovod_jobs.report import summary
+        from horovod_jobs.console import result_console
+        from horovod_jobs.report import collect, render_terminal_table
 
-        print(summary(outcome.run_dir))
+        data = collect(outcome.run_dir)
+        shown = result_console()
+        print(render_terminal_table(data, width=shown.width, color=shown.is_terminal))
+        page = outcome.run_dir / "report.html"
+        print(f"Report: {page}" if page.is_file() else f"Run: {outcome.run_dir}")
+
+
+def _apply_settings(job: Job) -> None:
+    """Give Horovod the strategy's settings, which it reads when it starts."""
+    node = job.config.strategy
+    if not is_node(node):
+        return
+    wanted = instantiate(node, allow=job.config.allow_targets, where="strategy").environment()
+    if _world is not None:
+        late = [f"{name}={value}" for name, value in wanted.items() if os.environ.get(name) != value]
+        if late:
+            raise ConfigError(
+                f"strategy needs {', '.join(late)}, which Horovod reads only when it starts, and this world has started; "
+                "run the sweep with launch=local, which starts a world for each job"
+            )
+    os.environ.update(wanted)
 
 
 def _show_plan(job: Job, world: World) -> None:
-    from rich.console import Console
-
     from horovod_jobs.artifacts import ArtifactStore
+    from horovod_jobs.console import result_console
     from horovod_jobs.planning import plan, prepare, table
 
     planned = plan(job, world, ArtifactStore(job.config.run.store), prepare(job, world))
     if world.is_main:
-        Console(width=None if sys.stdout.isatty() else 160).print(table(planned))
+        result_console().print(table(planned))
 
 
 def _command() -> list[str]:
@@ -175,5 +206,3 @@ def _shutdown() -> None:
     sys.stderr.flush()
     if _world is not None:
         _world.shutdown()
-
-

@@ -81,9 +81,13 @@ def open_artifact(path: str | Path, *, verify: bool = True) -> Artifact:
         )
         version = index["schema_version"]
     except FileNotFoundError as error:
-        raise ArtifactError(f"no artifact at {path} (there is no {INDEX}); give the path of an artifact directory") from error
+        raise ArtifactError(
+            f"no artifact at {path} (there is no {INDEX}); give the path of an artifact directory"
+        ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"artifact at {path} is damaged ({INDEX}: {error}); run its job again to make it anew") from error
+        raise ArtifactError(
+            f"artifact at {path} is damaged ({INDEX}: {error}); run its job again to make it anew"
+        ) from error
     if version != SCHEMA_VERSION:
         raise ArtifactError(
             f"artifact at {path} has schema version {version}, this package reads {SCHEMA_VERSION}; run its job again"
@@ -128,7 +132,9 @@ class ArtifactStore:
             return None
         artifact = open_artifact(path, verify=verify)
         if artifact.fingerprint != fingerprint or artifact.kind != kind:
-            raise ArtifactError(f"artifact {artifact.ref} is damaged (it says it is {artifact.kind}-{artifact.fingerprint})")
+            raise ArtifactError(
+                f"artifact {artifact.ref} is damaged (it says it is {artifact.kind}-{artifact.fingerprint})"
+            )
         return artifact
 
     def staging(self, kind: str, fingerprint: str) -> Path:

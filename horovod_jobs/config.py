@@ -112,7 +112,9 @@ class QuantizeStage(StageConfig):
     task: Any = "${task}"
     calibration_samples: int = 1024  # of the training split, chosen by the seed
     calibration_batch: int = 64
-    max_drop: float | None = 0.5  # largest loss of accuracy on the validation split, in percentage points; null: no gate
+    max_drop: float | None = (
+        0.5  # largest loss of accuracy on the validation split, in percentage points; null: no gate
+    )
     check_samples: int | None = None  # validation samples used for that; null: all
 
 

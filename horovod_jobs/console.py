@@ -131,6 +131,16 @@ def _terminal() -> Any:
     return RichConsole(stderr=True, force_terminal=True, width=forwarded_terminal())
 
 
+def result_console() -> Any:
+    """A rich console on stdout for tables. A rank's own stdout may be a pseudo-terminal that nobody sees."""
+    from rich.console import Console as RichConsole
+
+    if launched := os.environ.get("HOROVOD_JOBS_LAUNCH_DIR"):
+        columns = forwarded_terminal()
+        return RichConsole(force_terminal=bool(launched and columns), no_color=not columns, width=columns or 160)
+    return RichConsole(width=None if sys.stdout.isatty() else 160)
+
+
 def _console_handler() -> logging.Handler:
     if sys.stderr.isatty() or forwarded_terminal():
         from rich.logging import RichHandler

@@ -1,7 +1,7 @@
 """What this installation can do, and the command that adds what it cannot: ``horovod-runs doctor [--json]``.
 
-torch and Horovod are asked in short processes of their own: this module imports in no time, a broken library cannot take it down,
-and only ``comm/`` imports Horovod inside this program.
+torch and Horovod are asked in short processes of their own: this module imports in no time, a broken library cannot
+take it down, and only ``comm/`` imports Horovod inside this program.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _TORCH = """
 import json, torch
 count = torch.cuda.device_count() if torch.cuda.is_available() else 0
 print(json.dumps({"version": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip,
-                  "devices": [torch.cuda.get_device_name(i) for i in range(count)], "threads": torch.get_num_threads()}))
+                  "devices": [torch.cuda.get_device_name(i) for i in range(count)]}))
 """
 _HOROVOD = """
 import json, horovod, horovod.torch as hvd
@@ -89,7 +89,7 @@ def ask(code: str, *, timeout_s: float = ASK_TIMEOUT_S) -> dict[str, Any]:
 
 
 def build_record(prefix: Path | None = None) -> dict[str, Any] | None:
-    """What ``launch/build_horovod.sh`` wrote about the Horovod in this environment, None if there is nothing readable."""
+    """What ``launch/build_horovod.sh`` wrote about this environment's Horovod, None if there is nothing readable."""
     path = (prefix or Path(sys.prefix)) / "share" / "horovod_jobs" / "horovod_build.json"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -140,28 +140,23 @@ def _horovod(answer: dict[str, Any], record: dict[str, Any] | None, torch: dict[
         return [Check("Horovod", False, f"{detail}; jobs run in one process only", BUILD_HOROVOD)]
     built = set(answer["built"])
     checks = [Check("Horovod", True, str(answer["version"]))]
-    for key, name, used in (
-        ("mpi", "MPI controller", "fastest on one host"),
-        ("gloo", "Gloo controller", "needed by elastic"),
-    ):
+    for key, name, used in (("mpi", "MPI", "fastest on one host"), ("gloo", "Gloo", "needed by elastic")):
+        there = key in built
         checks.append(
-            Check(name, key in built, used if key in built else "not built", "" if key in built else BUILD_HOROVOD)
+            Check(f"{name} controller", there, used if there else "not built", "" if there else BUILD_HOROVOD)
         )
-    nccl = "nccl" in built
-    checks.append(
-        Check(
-            "NCCL operations",
-            nccl,
-            "built" if nccl else "not built: no exchange between GPUs",
-            "" if nccl else f"with a CUDA torch: HOROVOD_GPU_OPERATIONS=NCCL {BUILD_HOROVOD}",
-        )
-    )
+    if "nccl" in built:
+        checks.append(Check("NCCL operations", True, "exchange between GPUs"))
+    else:
+        remedy = f"with a CUDA torch: HOROVOD_GPU_OPERATIONS=NCCL {BUILD_HOROVOD}"
+        checks.append(Check("NCCL operations", False, "not built: no exchange between GPUs", remedy))
     if record is None:
         return [*checks, Check("build record", False, "none: another tool built this Horovod", BUILD_HOROVOD)]
     built_for = str(record.get("torch", {}).get("version"))
     same = "error" in torch or built_for == torch["version"]
     flags = " ".join(f"{name}={value}" for name, value in record.get("flags", {}).items()) or "no GPU flags"
-    detail = f"for torch {built_for}, {record.get('mpi', {}).get('kind')} MPI, {flags}, {len(record.get('fixes', []))} source fixes"
+    mpi, fixes = record.get("mpi", {}).get("kind"), len(record.get("fixes", []))
+    detail = f"for torch {built_for}, {mpi} MPI, {flags}, {fixes} source fixes"
     return [*checks, Check("build record", same, detail, "" if same else f"torch has changed since: {BUILD_HOROVOD}")]
 
 
@@ -203,12 +198,9 @@ def _data() -> list[Check]:
             str(found[0]) if found else "not found in " + ", ".join(str(f / "fashion-mnist") for f in data_folders()),
             "" if found else "apt-get install dataset-fashion-mnist, or set data.download=true",
         ),
-        Check(
-            "digits",
-            digits is not None,
-            f"scikit-learn {digits}" if digits else "scikit-learn is not installed",
-            "" if digits else "pip install scikit-learn",
-        ),
+        Check("digits", True, f"scikit-learn {digits}")
+        if digits
+        else Check("digits", False, "scikit-learn is not installed", "pip install scikit-learn"),
     ]
 
 
@@ -258,15 +250,11 @@ def _energy() -> list[Check]:
     if readable:
         rapl = Check("RAPL", True, f"{readable} of {there} counters readable: the energy of the CPU is measured")
     elif there:
-        rapl = Check(
-            "RAPL",
-            False,
-            f"{there} counters, none readable",
-            "sudo chmod a+r /sys/class/powercap/intel-rapl:*/energy_uj",
-        )
+        remedy = "sudo chmod a+r /sys/class/powercap/intel-rapl:*/energy_uj"
+        rapl = Check("RAPL", False, f"{there} counters, none readable", remedy)
     else:
         rapl = Check(
-            "RAPL", False, "no counters: the energy of the CPU is estimated", "a host that exposes /sys/class/powercap"
+            "RAPL", False, "no counters: the CPU's energy is estimated", "a host that exposes /sys/class/powercap"
         )
     smi = shutil.which("nvidia-smi")
     if smi is None:
@@ -278,7 +266,8 @@ def collect() -> dict[str, Any]:
     """Look at everything; takes a few seconds, because torch and Horovod are imported (elsewhere).
 
     Returns:
-        ``sections``: title to a list of checks (``name, ok, detail, remedy``), and ``horovod_build``: the build's record or None.
+        ``sections``: title to a list of checks (``name, ok, detail, remedy``), and
+        ``horovod_build``: the build's record or None.
     """
     torch, horovod, record = ask(_TORCH), ask(_HOROVOD), build_record()
     sections = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -14,14 +14,21 @@ from horovod_jobs.data.sharding import evaluation_indices
 from horovod_jobs.errors import DataError
 
 if TYPE_CHECKING:
-    from horovod_jobs.data.base import Split
-    from horovod_jobs.tasks.base import Task
+    from horovod_jobs.data.base import Batch, Split
+
+
+class Summed(Protocol):
+    """The part of a task that evaluation needs."""
+
+    def evaluation_sums(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Sums that add up over batches and ranks."""
+        ...
 
 
 def evaluate(
     predict: Callable[[Tensor], Tensor],
     split: Split,
-    task: Task,
+    task: Summed,
     *,
     world: World,
     batch: int,
@@ -30,8 +37,8 @@ def evaluate(
 ) -> dict[str, Tensor]:
     """Collective. The task's sums over the whole split, the same on every rank, as float64 tensors on the CPU.
 
-    Each rank predicts its contiguous share in batches of at most ``batch``; sums and counts are reduced, never means, so
-    shares that differ by one sample stay exact. ``task.summary`` turns the result into figures. ``name`` names the
+    Each rank predicts its contiguous share in batches of at most ``batch``; sums and counts are reduced, never means,
+    so shares that differ by one sample stay exact. ``task.summary`` turns the result into figures. ``name`` names the
     collectives.
 
     Raises:
@@ -55,7 +62,7 @@ def reduce_sums(sums: dict[str, Tensor], *, world: World, name: str) -> dict[str
 
 @torch.no_grad()
 def _local_sums(
-    predict: Callable[[Tensor], Tensor], split: Split, task: Task, *, world: World, batch: int, device: torch.device
+    predict: Callable[[Tensor], Tensor], split: Split, task: Summed, *, world: World, batch: int, device: torch.device
 ) -> dict[str, Tensor]:
     shares = evaluation_indices(len(split), rank=world.rank, size=world.size, batch=batch)
     totals: dict[str, Tensor] = {}

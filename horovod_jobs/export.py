@@ -61,7 +61,8 @@ def one_thread() -> Iterator[None]:
 def capture(module: nn.Module, example: Tensor, *, owned: bool = False) -> torch.export.ExportedProgram:
     """The module's graph in evaluation mode for a batch of any size; ``example`` ``[B, ...]`` gives shape and dtype.
 
-    The module is copied first, unless it is ``owned``: what is done to an exported graph can reach the original's weights.
+    The module is copied first, unless it is ``owned``: what is done to an exported graph can reach the original's
+    weights.
 
     Raises:
         ConfigError: the graph depends on values, or on the size of the batch.
@@ -80,13 +81,13 @@ def capture(module: nn.Module, example: Tensor, *, owned: bool = False) -> torch
             return torch.export.export(module, inputs, dynamic_shapes=({0: batch},), strict=False)
     except Exception as error:  # torch.export raises many types, none of them public as a base.
         raise ConfigError(
-            f"{type(module).__name__} cannot be exported for a batch of any size ({_first_line(error)}); write its forward "
-            "without Python branches on values and with sizes taken from the inputs"
+            f"{type(module).__name__} cannot be exported for a batch of any size ({_first_line(error)}); write its "
+            "forward without Python branches on values and with sizes taken from the inputs"
         ) from error
 
 
 def to_onnx(program: torch.export.ExportedProgram) -> onnx.ModelProto:
-    """The captured graph as ONNX with one input ``inputs`` and one output ``logits``, stripped of what only debuggers read.
+    """The captured graph as ONNX, input ``inputs``, output ``logits``, stripped of what only debuggers read.
 
     Raises:
         ConfigError: an operator that has no ONNX form.
@@ -100,7 +101,9 @@ def to_onnx(program: torch.export.ExportedProgram) -> onnx.ModelProto:
                 program, (), dynamo=True, input_names=["inputs"], output_names=["logits"], verbose=False
             )
     except Exception as error:
-        raise ConfigError(f"the model cannot be written as ONNX ({_first_line(error)}); change the operator it names") from error
+        raise ConfigError(
+            f"the model cannot be written as ONNX ({_first_line(error)}); change the operator it names"
+        ) from error
     assert exported is not None  # dynamo=True always returns a program.
     model: onnx.ModelProto = exported.model_proto
     strip(model)
@@ -130,7 +133,9 @@ def write_onnx(model: onnx.ModelProto, path: Path) -> None:
         onnx.checker.check_model(model)
         data = model.SerializeToString()
     except ValueError as error:  # Protobuf's limit of 2 GiB.
-        raise ConfigError(f"the ONNX model does not fit in one file ({_first_line(error)}); export a smaller model") from error
+        raise ConfigError(
+            f"the ONNX model does not fit in one file ({_first_line(error)}); export a smaller model"
+        ) from error
     with storage_errors("write", path):
         path.write_bytes(data)
 

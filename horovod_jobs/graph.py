@@ -12,7 +12,9 @@ from horovod_jobs.errors import ConfigError
 from horovod_jobs.storage import digest_of
 
 # What a fit setting does to the machine and not to the weights.
-_NOT_IN_RESULT = frozenset({"log_every_steps", "checkpoint_every_steps", "checkpoint_every_s", "checkpoint_keep", "workers"})
+_NOT_IN_RESULT = frozenset(
+    {"log_every_steps", "checkpoint_every_steps", "checkpoint_every_s", "checkpoint_keep", "workers"}
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,9 @@ def _check_wiring(name: str, stage: StageConfig, stages: Mapping[str, StageConfi
     for role, source in stage.needs.items():
         where = f"stages.{name}.needs.{role}={source}"
         if source not in stages and not is_external(source):
-            raise ConfigError(f"{where} names no stage; there are {', '.join(stages)} (a path to an artifact has a slash in it)")
+            raise ConfigError(
+                f"{where} names no stage; there are {', '.join(stages)} (a path to an artifact has a slash in it)"
+            )
         accepted = stage.INPUTS.get(role) or stage.FREE_ROLES
         if not accepted:
             roles = ", ".join(stage.INPUTS) or "none"

@@ -110,7 +110,9 @@ def instantiate(node: Mapping[str, Any], *, allow: Sequence[str] = (), where: st
         ConfigError: not allowed, not there, or its arguments do not fit.
     """
     bind(node, where=where, allow=allow, injected=injected)
-    arguments = {key: _build(value, allow=allow, where=f"{where}.{key}") for key, value in node.items() if key != "_target_"}
+    arguments = {
+        key: _build(value, allow=allow, where=f"{where}.{key}") for key, value in node.items() if key != "_target_"
+    }
     try:
         return locate(node["_target_"], allow=allow)(**{**injected, **arguments})
     except JobError:

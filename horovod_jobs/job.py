@@ -41,7 +41,7 @@ def resolve(cfg: DictConfig) -> Job:
     Raises:
         ConfigError: an unknown kind or key, a wrong type, a missing value, an interpolation that leads nowhere.
     """
-    cfg = typing.cast(DictConfig, OmegaConf.create(cfg))
+    cfg = OmegaConf.create(cfg)
     OmegaConf.set_struct(cfg, False)
     try:
         for name in list(cfg.stages):
@@ -59,15 +59,19 @@ def resolve(cfg: DictConfig) -> Job:
 
 def _typed_stage(name: str, node: Any) -> DictConfig:
     if not isinstance(node, DictConfig):
-        raise ConfigError(f"stages.{name}={node} is not a stage; give it a kind and what it needs")
+        raise ConfigError(f"stages.{name}={node!r} is not a stage; give it a kind and what it needs")
     kind = node.get("kind")
     if kind not in STAGES:
-        raise ConfigError(f"stages.{name}.kind={kind} is not a stage kind{_meant(str(kind), STAGES)}; use one of {', '.join(STAGES)}")
+        raise ConfigError(
+            f"stages.{name}.kind={kind} is not a stage kind{_meant(str(kind), STAGES)}; use one of {', '.join(STAGES)}"
+        )
     schema = OmegaConf.structured(STAGES[kind])
     for key in node:
         if key not in schema:
             known = [str(entry) for entry in schema]
-            raise ConfigError(f"stages.{name}.{key} is not a key of a {kind} stage{_meant(str(key), known)}; it has {', '.join(known)}")
+            raise ConfigError(
+                f"stages.{name}.{key!s} is not a key of a {kind} stage{_meant(str(key), known)}; it has {', '.join(known)}"
+            )
     try:
         return typing.cast(DictConfig, OmegaConf.merge(schema, node))
     except OmegaConfBaseException as error:
@@ -93,7 +97,9 @@ def _dataclass(cls: type, values: dict[str, Any]) -> Any:
         if entry.name not in values:
             continue
         value = values[entry.name]
-        arguments[entry.name] = _dataclass(nested[entry.name], value) if entry.name in nested and not is_dataclass(value) else value
+        arguments[entry.name] = (
+            _dataclass(nested[entry.name], value) if entry.name in nested and not is_dataclass(value) else value
+        )
     return cls(**arguments)
 
 

@@ -98,7 +98,9 @@ def plan(launch: LaunchConfig, *, host: Host, environ: Mapping[str, str], comman
     controller = launch.controller if launch.controller != "auto" else ("mpi" if mpi_ready else "gloo")
     if controller == "mpi" and not mpi_ready:
         missing = "mpirun" if host.mpirun is None else "mpi4py"
-        raise SetupError(f"launch.controller=mpi needs {missing}, which is not installed; run launch/install.sh, or use gloo")
+        raise SetupError(
+            f"launch.controller=mpi needs {missing}, which is not installed; run launch/install.sh, or use gloo"
+        )
     env = _environment(launch, host=host, environ=environ)
     if controller == "mpi":
         return LaunchPlan([str(host.mpirun), "-np", str(launch.np), "--bind-to", "none", "--map-by", "slot:OVERSUBSCRIBE",
@@ -112,7 +114,9 @@ def plan(launch: LaunchConfig, *, host: Host, environ: Mapping[str, str], comman
 def _environment(launch: LaunchConfig, *, host: Host, environ: Mapping[str, str]) -> dict[str, str]:
     missing = [name for name in launch.env if name not in environ]
     if missing:
-        raise ConfigError(f"launch.env names {', '.join(missing)}, which is not set here; export it or take it off the list")
+        raise ConfigError(
+            f"launch.env names {', '.join(missing)}, which is not set here; export it or take it off the list"
+        )
     env = {
         name: value
         for name, value in environ.items()

@@ -84,7 +84,10 @@ def prepare(job: Job, world: World) -> Prepared:
                 f"the training split has {len(data.train)} samples for {world.size} ranks; start at most {len(data.train)} ranks"
             )
         externals = {
-            source: open_artifact(source) for node in nodes for source in node.needs.values() if is_external(source) and not node.off
+            source: open_artifact(source)
+            for node in nodes
+            for source in node.needs.values()
+            if is_external(source) and not node.off
         }
         prepared = Prepared(job, nodes, data, meter, tracker, externals)
         for node in nodes:
@@ -123,7 +126,9 @@ def _check_train(stage: TrainStage, prepared: Prepared, world: World, where: str
     for part in ("model", "optimizer", "schedule", "strategy"):
         if not is_node(getattr(stage, part)):
             raise ConfigError(f"{where}.{part}={getattr(stage, part)} names nothing to build; choose one ({part}=...)")
-    model_arguments = accepted(stage.model, {"num_classes": data.num_classes, "input_shape": data.input_shape}, allow=allow)
+    model_arguments = accepted(
+        stage.model, {"num_classes": data.num_classes, "input_shape": data.input_shape}, allow=allow
+    )
     bind(stage.model, where=f"{where}.model", allow=allow, injected=model_arguments)
     bind(stage.optimizer, where=f"{where}.optimizer", allow=allow, injected=("params",))
     bind(stage.schedule, where=f"{where}.schedule", allow=allow)
@@ -199,7 +204,9 @@ def _machine() -> str:
     """The CPU's name: what a latency depends on."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as stream:
-            return next((line.split(":", 1)[1].strip() for line in stream if line.startswith("model name")), "unknown CPU")
+            return next(
+                (line.split(":", 1)[1].strip() for line in stream if line.startswith("model name")), "unknown CPU"
+            )
     except OSError:
         return "unknown CPU"
 
@@ -212,6 +219,8 @@ def table(planned: list[Planned]) -> Any:
     for column in ("stage", "kind", "needs", "action", "why"):
         shown.add_column(column, overflow="fold")
     for step in planned:
-        needs = ", ".join(f"{role}: {source}" if role != source else role for role, source in step.node.config.needs.items())
+        needs = ", ".join(
+            f"{role}: {source}" if role != source else role for role, source in step.node.config.needs.items()
+        )
         shown.add_row(step.node.name, step.node.config.kind, needs, step.action, step.why)
     return shown

@@ -9,13 +9,11 @@ Torch is imported when a call needs it, so that a process which only runs ONNX d
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from horovod_jobs.artifacts import INDEX, Artifact, open_artifact
+from horovod_jobs.bundle import CONFIG, WEIGHTS, ModelConfig, read_config
 from horovod_jobs.errors import ArtifactError, ConfigError, DataError, SetupError
 from horovod_jobs.storage import write_json
 
@@ -23,9 +21,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-WEIGHTS = "model.safetensors"
-ONNX_FILE = "model.onnx"
-CONFIG = "config.json"
+    from horovod_jobs.artifacts import Artifact
 
 
 class Predictor(Protocol):
@@ -47,24 +43,6 @@ class Predictor(Protocol):
             DataError: inputs of another shape.
         """
         ...
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """What config.json says of a model."""
-
-    format: str
-    model: dict[str, Any]
-    num_classes: int
-    input_shape: tuple[int, ...]
-    class_names: tuple[str, ...]
-    parameters: int
-    directory: Path
-
-    @property
-    def file(self) -> Path:
-        """The file with the weights."""
-        return self.directory / (WEIGHTS if self.format == "torch" else ONNX_FILE)
 
 
 def save_model(
@@ -102,68 +80,6 @@ def save_model(
     write_json(directory / CONFIG, config)
 
 
-def read_config(path: str | Path | Artifact, *, verify: bool = True) -> ModelConfig:
-    """The config of a model artifact, of an export bundle, or of the bundle that a model.onnx lies in.
-
-    Raises:
-        ArtifactError: there is no model, or it is damaged.
-    """
-    if isinstance(path, Artifact):
-        return _read_directory(path.path)
-    path = resolve(path)
-    if path.is_file():
-        config = _read_directory(path.parent, verify=verify)
-        form = "onnx" if path.suffix == ".onnx" else "torch"
-        return ModelConfig(**{**vars(config), "format": form})
-    return _read_directory(path, verify=verify)
-
-
-def resolve(path: str | Path) -> Path:
-    """``runs/latest:student`` is the artifact of that run's stage; any other path is itself.
-
-    Raises:
-        ArtifactError: no such run or stage, or a stage that made nothing.
-    """
-    run, colon, stage = str(path).rpartition(":")
-    if not colon or Path(path).exists():
-        return Path(path)
-    manifest_path = Path(run) / "manifest.json"
-    try:
-        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-        stages = {entry["name"]: entry["artifact"] for entry in manifest["stages"]}
-        store = Path(run) / manifest["store"]
-    except FileNotFoundError as error:
-        raise ArtifactError(f"no run at {run} (there is no manifest.json); give a run's directory before the colon") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{manifest_path} cannot be read ({error}); give the path of an artifact instead") from error
-    if stages.get(stage) is None:
-        made = ", ".join(name for name, ref in stages.items() if ref) or "none"
-        raise ArtifactError(f"run {run} has no artifact of a stage {stage!r}; those with one: {made}")
-    return store / str(stages[stage])
-
-
-def _read_directory(directory: Path, *, verify: bool = False) -> ModelConfig:
-    if verify and (directory / INDEX).exists():
-        open_artifact(directory)  # Checks every digest; a bundle that was copied elsewhere has no index.
-    try:
-        raw = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-        return ModelConfig(
-            format=str(raw["format"]),
-            model=dict(raw["model"]),
-            num_classes=int(raw["num_classes"]),
-            input_shape=tuple(int(size) for size in raw["input_shape"]),
-            class_names=tuple(str(name) for name in raw["class_names"]),
-            parameters=int(raw["parameters"]),
-            directory=directory,
-        )
-    except FileNotFoundError as error:
-        raise ArtifactError(
-            f"no model at {directory} (there is no {CONFIG}); give a model, quantized or export artifact, or RUN:STAGE"
-        ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{directory / CONFIG} cannot be read ({error!r}); run its job again to make it anew") from error
-
-
 def load_module(path: str | Path | Artifact, *, allow_targets: Sequence[str] = ()) -> nn.Module:
     """The torch module of a model artifact, on the CPU, in evaluation mode.
 
@@ -173,7 +89,9 @@ def load_module(path: str | Path | Artifact, *, allow_targets: Sequence[str] = (
     """
     config = read_config(path)
     if config.format != "torch":
-        raise ArtifactError(f"{config.directory} holds an {config.format} model; give a torch model (stage train or distill)")
+        raise ArtifactError(
+            f"{config.directory} holds an {config.format} model; give a torch model (stage train or distill)"
+        )
     return _build_module(config, allow_targets=allow_targets)
 
 
@@ -188,7 +106,9 @@ def _build_module(config: ModelConfig, *, allow_targets: Sequence[str]) -> nn.Mo
     arguments = accepted(config.model, offered, allow=allow_targets)
     module = instantiate(config.model, allow=allow_targets, where=f"{config.directory.name}.model", **arguments)
     if not isinstance(module, nn.Module):
-        raise ArtifactError(f"{config.directory} names {config.model.get('_target_')}, which is no torch.nn.Module; train it again")
+        raise ArtifactError(
+            f"{config.directory} names {config.model.get('_target_')}, which is no torch.nn.Module; train it again"
+        )
     try:
         read_weights(module, str(config.file), strict=True)
     except FileNotFoundError as error:
@@ -209,7 +129,7 @@ def load(
     device: str = "cpu",
     allow_targets: Sequence[str] = (),
 ) -> Predictor:
-    """Load a model, whatever its format: an artifact's directory, an export bundle, a model.onnx in one, or ``RUN:STAGE``.
+    """Load a model of any format: an artifact's directory, an export bundle, a model.onnx in one, or ``RUN:STAGE``.
 
     threads: CPU threads; for a torch model this sets torch's number for the whole process. None: as torch has it.
     device: where a torch model runs, such as ``cuda``.
@@ -221,7 +141,15 @@ def load(
     """
     if threads is not None and threads < 1:
         raise ConfigError(f"threads={threads} is not a positive number; use at least 1")
-    config = read_config(path)
+    return _load(read_config(path), threads=threads, device=device, allow_targets=allow_targets)
+
+
+def load_artifact(artifact: Artifact, *, allow_targets: Sequence[str] = ()) -> Predictor:
+    """The predictor of an artifact that has been opened, and so checked, already. Raises: see ``load``."""
+    return _load(read_config(artifact), threads=None, device="cpu", allow_targets=allow_targets)
+
+
+def _load(config: ModelConfig, *, threads: int | None, device: str, allow_targets: Sequence[str]) -> Predictor:
     import torch
 
     if config.format == "onnx":

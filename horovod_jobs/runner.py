@@ -50,7 +50,9 @@ def check_same_config(job: Job, world: World) -> None:
         return
     told = world.gather_json(flat, name="config.keys")
     keys = sorted({key for one in told for key in one if any(other.get(key) != one.get(key) for other in told)})
-    shown = "; ".join(f"{key}: " + ", ".join(f"rank {rank} {one.get(key)!r}" for rank, one in enumerate(told)) for key in keys[:5])
+    shown = "; ".join(
+        f"{key}: " + ", ".join(f"rank {rank} {one.get(key)!r}" for rank, one in enumerate(told)) for key in keys[:5]
+    )
     raise WorldError(f"ranks were given different configs ({shown}); start every rank with the same command and files")
 
 
@@ -120,7 +122,7 @@ class Run:
         prepared = prepare(self.job, self.world)
         planned = plan(self.job, self.world, self.store, prepared)
         self.tracker = self._open_tracker(prepared.tracker)
-        stack.callback(self.tracker.close)
+        stack.push(lambda kind, error, trace: self.tracker.close(failed=kind is not None))
         self.spending = Spending(prepared.meter, self.world)
         for step in planned:
             self._record(step.node.name, reason=step.why, status="skipped" if step.action == "skip" else "pending")
@@ -156,7 +158,8 @@ class Run:
                 footprint = result.spent_before + footprint
             meta = self._meta(node, result, footprint, made)
             path = self.world.main(
-                lambda: str(self.store.publish(staging, kind=kind, fingerprint=fingerprint, meta=meta).path), name="stage.publish"
+                lambda: str(self.store.publish(staging, kind=kind, fingerprint=fingerprint, meta=meta).path),
+                name="stage.publish",
             )
             self.world.main(lambda: self.store.discard_work(kind, fingerprint), name="stage.clean")
         with self.world.agreed("stage.visible"):
@@ -170,6 +173,7 @@ class Run:
     def _staged(self, kind: str, fingerprint: str) -> Iterator[Path]:
         """Collective. A staging directory on rank 0, under the artifact's lock; nothing is left of it afterwards."""
         with ExitStack() as stack:
+
             def enter() -> str:
                 stack.enter_context(self.store.lock(kind, fingerprint))
                 self.store.sweep_staging()
@@ -185,10 +189,14 @@ class Run:
     def _published(self, kind: str, fingerprint: str, path: str) -> Artifact:
         artifact = self.store.lookup(kind, fingerprint, verify=False)
         if artifact is None:
-            raise StorageError(f"rank {self.world.rank} does not see {path}; put run.store on a file system that all hosts share")
+            raise StorageError(
+                f"rank {self.world.rank} does not see {path}; put run.store on a file system that all hosts share"
+            )
         return artifact
 
-    def _context(self, node: Node, fingerprint: str, staging: Path, made: dict[str, Artifact], prepared: Prepared) -> StageContext:
+    def _context(
+        self, node: Node, fingerprint: str, staging: Path, made: dict[str, Artifact], prepared: Prepared
+    ) -> StageContext:
         return StageContext(
             name=node.name,
             fingerprint=fingerprint,
@@ -230,7 +238,8 @@ class Run:
         """Collective: an error on rank 0 stops all."""
         mine: Tracker = tracker if self.world.is_main else NullTracker()
         self.world.main(
-            lambda: mine.open(run_dir=self.run_dir, run_id=self.run_dir.name, config=self.job.resolved), name="tracker.open"
+            lambda: mine.open(run_dir=self.run_dir, run_id=self.run_dir.name, config=self.job.resolved),
+            name="tracker.open",
         )
         return mine
 
@@ -285,8 +294,13 @@ class Run:
             code = error.exit_code if isinstance(error, JobError) else 1
             for entry in self.manifest["stages"]:
                 if entry["status"] == "running":
-                    entry.update(status="failed" if status == "failed" else "pending", reason=str(error).splitlines()[0] if str(error) else status)
-        self.manifest.update(status=status, ended_at=_now(), exit_code=code, error=None if error is None else str(error) or repr(error))
+                    entry.update(
+                        status="failed" if status == "failed" else "pending",
+                        reason=str(error).splitlines()[0] if str(error) else status,
+                    )
+        self.manifest.update(
+            status=status, ended_at=_now(), exit_code=code, error=None if error is None else str(error) or repr(error)
+        )
         self._total()
         self.events.emit("job_end", status=status, exit_code=code)
         if self.world.is_main:
@@ -351,4 +365,6 @@ def _relative(path: Path, start: Path) -> str:
 
 def _check_visible(run_dir: Path) -> None:
     if not (run_dir / "config.yaml").is_file():
-        raise StorageError(f"run directory {run_dir} is not visible on this host; put run.root on a file system that all hosts share")
+        raise StorageError(
+            f"run directory {run_dir} is not visible on this host; put run.root on a file system that all hosts share"
+        )

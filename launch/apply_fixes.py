@@ -1,6 +1,6 @@
 """Apply the source changes listed in a ``.fixes`` file to an unpacked source tree, and print each one.
 
-Usage: ``python apply_fixes.py FIXES SOURCE_DIR``. It uses the standard library only, because it runs before anything is installed.
+Usage: ``python apply_fixes.py FIXES SOURCE_DIR``. It uses the standard library only, so any Python runs it.
 Nothing is written unless every change fits: a line that is missing, or that occurs more than once, ends it with code 5.
 """
 
@@ -77,7 +77,7 @@ def apply_fixes(fixes: list[Fix], *, source: Path) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-    """Command line: ``FIXES SOURCE_DIR``; the exit code is 0, 2 for a wrong call or 5 for a change that does not fit."""
+    """Command line: ``FIXES SOURCE_DIR``; the exit code is 0, 2 for a wrong call, 5 for a change that does not fit."""
     if len(argv) != 2:
         print("usage: apply_fixes.py FIXES SOURCE_DIR", file=sys.stderr)
         return 2

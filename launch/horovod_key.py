@@ -1,6 +1,7 @@
 """Print, as JSON, everything that decides what a built Horovod wheel is, with the cache key made from it.
 
-Called by build_horovod.sh with the Python the wheel is for: ``python horovod_key.py FIXES VERSION SDIST_SHA256 MPICXX COMPILER``.
+Called by build_horovod.sh with the Python the wheel is for:
+``python horovod_key.py FIXES VERSION SDIST_SHA256 MPICXX COMPILER RECIPE``.
 It uses the standard library only and does not import torch, which would take seconds.
 """
 
@@ -19,7 +20,8 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
-# Variables that Horovod's build reads and that a caller may set. The fixed ones are in build_horovod.sh, whose digest is in the key.
+# Variables that Horovod's build reads and that a caller may set.
+# The fixed ones are in build_horovod.sh; the digest of what it does is in the key as `recipe_sha256`.
 PASSED_THROUGH = (
     "HOROVOD_ALLOW_MIXED_GPU_IMPL",
     "HOROVOD_BUILD_ARCH_FLAGS",
@@ -51,9 +53,7 @@ def torch_versions() -> dict[str, str | None]:
     """
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
-        sys.exit(
-            f"error: torch is not installed for {sys.executable}; install it first: {sys.executable} -m pip install torch"
-        )
+        sys.exit(f"error: torch is not installed for {sys.executable}; install it first")
     version = runpy.run_path(str(Path(spec.origin).parent / "version.py"))
     return {"version": str(version["__version__"]), "cuda": version.get("cuda"), "hip": version.get("hip")}
 
@@ -68,7 +68,7 @@ def first_line(*command: str) -> str:
 
 
 def mpi_facts(mpicxx: str) -> dict[str, str]:
-    """Where MPI comes from (``wheel`` in this environment, or ``system``), its version, and for the system's the link line."""
+    """Where MPI comes from (``wheel`` or ``system``), its version, and for the system's the link line."""
     path = Path(mpicxx)
     if path.parent == Path(sys.prefix) / "bin":
         # The link line of the wheel's MPI names this environment, which must not part two environments in the cache.
@@ -93,7 +93,7 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def record(fixes: Path, version: str, sdist_sha256: str, mpicxx: str, compiler: str) -> dict[str, Any]:
+def record(fixes: Path, version: str, sdist_sha256: str, mpicxx: str, compiler: str, recipe: str) -> dict[str, Any]:
     """The facts of one build, with ``key``, their digest."""
     facts: dict[str, Any] = {
         "horovod": version,
@@ -106,13 +106,13 @@ def record(fixes: Path, version: str, sdist_sha256: str, mpicxx: str, compiler: 
         "compiler": first_line(compiler, "--version"),
         "flags": {name: os.environ[name] for name in PASSED_THROUGH if os.environ.get(name)},
         "fixes_sha256": digest(fixes),
-        "build_script_sha256": digest(Path(__file__).with_name("build_horovod.sh")),
+        "recipe_sha256": recipe,
     }
     text = json.dumps(facts, sort_keys=True)
     return {"key": hashlib.sha256(text.encode()).hexdigest()[:20], **facts}
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 6:
-        sys.exit("usage: horovod_key.py FIXES VERSION SDIST_SHA256 MPICXX COMPILER")
+    if len(sys.argv) != 7:
+        sys.exit("usage: horovod_key.py FIXES VERSION SDIST_SHA256 MPICXX COMPILER RECIPE")
     print(json.dumps(record(Path(sys.argv[1]), *sys.argv[2:]), indent=2))

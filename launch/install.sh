@@ -35,7 +35,7 @@ case $VENV in /*) ;; *) VENV=$PWD/$VENV ;; esac
 STAMP=$VENV/.horovod_jobs_installed
 INCOMPLETE=$VENV/.horovod_jobs_incomplete
 MADE_HERE=$VENV/.horovod_jobs_made_here
-# Measured: the environment is 2.3 GB with a CPU torch, and Horovod's build takes up to 1 GB more for a while.
+# Measured: the environment is 1.9 GB with a CPU torch; Horovod's build takes up to 1 GB more for a while, in TMPDIR.
 NEED_VENV_MB=${NEED_VENV_MB:-3000}
 
 # Everything that decides what the environment holds.

@@ -2,10 +2,11 @@
 # shellcheck shell=bash
 # The caller sets LOG before run_logged is used.
 
-STARTED=$SECONDS
+# Shared with the scripts that this one starts, so that all lines count from the same moment.
+export HOROVOD_JOBS_STARTED_S=${HOROVOD_JOBS_STARTED_S:-$(date +%s)}
 CHILD=
 
-say() { printf '[%4ds] %s\n' "$((SECONDS - STARTED))" "$*"; }
+say() { printf '[%4ds] %s\n' "$(($(date +%s) - HOROVOD_JOBS_STARTED_S))" "$*"; }
 note() { printf '        %s\n' "$*"; }
 
 # fail CODE MESSAGE...: one line on stderr. Codes follow horovod_jobs/errors.py: 5 setup, 6 storage.

@@ -38,7 +38,8 @@ def rank(arguments: list[str]) -> int:
     os.environ["HOROVOD_JOBS_TEST_RANK"] = str(world.rank)
     sys.modules[__name__].world = world  # type: ignore[attr-defined]
     sys.modules["tests.in_world"] = sys.modules[__name__]
-    code = int(pytest.main(["-p", "no:cacheprovider", *quiet, *arguments]))
+    # mpirun gives ranks a pseudo-terminal; colours would end up in log files.
+    code = int(pytest.main(["-p", "no:cacheprovider", "--color=no", *quiet, *arguments]))
     codes = world.gather_json(code, name="in_world.codes")
     worst = max(codes)
     if world.is_main and worst:

@@ -71,7 +71,14 @@ def fit_config(**changes: Any) -> FitConfig:
 
 def train_stage(**changes: Any) -> TrainStage:
     """A train stage of the small net."""
-    values = {"seed": 0, "model": SMALL_NET, "optimizer": SGD, "schedule": ONE_CYCLE, "strategy": ALLREDUCE, "fit": fit_config()}
+    values = {
+        "seed": 0,
+        "model": SMALL_NET,
+        "optimizer": SGD,
+        "schedule": ONE_CYCLE,
+        "strategy": ALLREDUCE,
+        "fit": fit_config(),
+    }
     return TrainStage(**{**values, **changes})
 
 

@@ -156,10 +156,12 @@ class HorovodExchange:
         """
         parameters = [parameter for _, parameter in self._trainable]
         count = min(num_groups, len(parameters))
-        groups = [tuple(parameters[len(parameters) * i // count : len(parameters) * (i + 1) // count]) for i in range(count)]
+        groups = [
+            tuple(parameters[len(parameters) * i // count : len(parameters) * (i + 1) // count]) for i in range(count)
+        ]
         self._wrapped._groups = count or None
         self._wrapped._p_to_group = {parameter: group for group in groups for parameter in group}
-        self._wrapped._group_counts = {group: 0 for group in groups}
+        self._wrapped._group_counts = dict.fromkeys(groups, 0)
 
     def synchronize(self) -> None:
         """Collective. Wait until ``.grad`` of every parameter is the sum over ranks."""

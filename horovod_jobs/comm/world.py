@@ -124,7 +124,7 @@ class World:
             raise error
         if told[0] is not None:
             raise _rebuild(told[0], rank=0)
-        return result if self.is_main else told[1]  # type: ignore[no-any-return]
+        return result if self.is_main else told[1]  # type: ignore[return-value]
 
     @contextmanager
     def agreed(self, what: str) -> Iterator[None]:

@@ -18,10 +18,18 @@ from horovod_jobs.storage import digest_of
 KIND, _FILE, _BATCH = "teacher_outputs", "outputs.safetensors", 250
 
 
-def teacher_outputs(ctx: StageContext, teacher: Artifact, model: nn.Module, *, device: torch.device) -> tuple[Tensor, str, bool]:
+def teacher_outputs(
+    ctx: StageContext, teacher: Artifact, model: nn.Module, *, device: torch.device
+) -> tuple[Tensor, str, bool]:
     """Collective. The outputs [N, C] by position in the training split, the artifact's name, and whether they were made now."""
     print_ = digest_of(
-        {"schema_version": SCHEMA_VERSION, "kind": KIND, "teacher": teacher.fingerprint, "data": ctx.data.digest, "split": "train"}
+        {
+            "schema_version": SCHEMA_VERSION,
+            "kind": KIND,
+            "teacher": teacher.fingerprint,
+            "data": ctx.data.digest,
+            "split": "train",
+        }
     )
     ref = ctx.world.main(lambda: _look(ctx, print_), name="teacher_cache.look")
     made = ref is None
@@ -30,7 +38,9 @@ def teacher_outputs(ctx: StageContext, teacher: Artifact, model: nn.Module, *, d
     with ctx.world.agreed("teacher_cache.read"):
         artifact = ctx.store.lookup(KIND, print_, verify=False)
         if artifact is None:
-            raise ArtifactError(f"teacher's outputs {ref} are not visible on this host; put run.store on a shared file system")
+            raise ArtifactError(
+                f"teacher's outputs {ref} are not visible on this host; put run.store on a shared file system"
+            )
         outputs = load_file(artifact.file(_FILE))["outputs"]
     return outputs, ref, made
 
@@ -61,9 +71,16 @@ def _make(ctx: StageContext, teacher: Artifact, model: nn.Module, print_: str, *
         with ctx.store.lock(KIND, print_):
             staging = ctx.store.staging(KIND, print_)
             try:
-                outputs = torch.frombuffer(bytearray(joined), dtype=torch.float32).reshape(len(ctx.data.train), -1).clone()
+                outputs = (
+                    torch.frombuffer(bytearray(joined), dtype=torch.float32).reshape(len(ctx.data.train), -1).clone()
+                )
                 save_file({"outputs": outputs}, staging / _FILE)
-                meta = {"stage": ctx.name, "stage_kind": "distill", "inputs": {"teacher": {"ref": teacher.ref}}, "shape": list(outputs.shape)}
+                meta = {
+                    "stage": ctx.name,
+                    "stage_kind": "distill",
+                    "inputs": {"teacher": {"ref": teacher.ref}},
+                    "shape": list(outputs.shape),
+                }
                 return ctx.store.publish(staging, kind=KIND, fingerprint=print_, meta=meta).ref
             finally:
                 shutil.rmtree(staging, ignore_errors=True)

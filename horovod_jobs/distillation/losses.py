@@ -24,7 +24,10 @@ def soft_targets(student: Tensor, teacher: Tensor, *, temperature: float) -> Ten
 
 
 def squared_log_probability(student: Tensor, teacher: Tensor) -> Tensor:
-    """Sum over classes of (log p_teacher - log p_student)^2, [B]: logit matching (Ba & Caruana 2014, arXiv:1312.6184) on log-probabilities."""
+    """Sum over classes of (log p_teacher - log p_student)^2, [B].
+
+    Logit matching (Ba & Caruana 2014, arXiv:1312.6184) on log-probabilities.
+    """
     return (F.log_softmax(teacher, dim=1) - F.log_softmax(student, dim=1)).square().sum(dim=1)
 
 

@@ -29,7 +29,9 @@ class Distiller:
 
     def __init__(self, *, terms: Mapping[str, Any], temperature: float = 4.0, cache: bool = False) -> None:
         if not terms or not any(term.weight > 0 for term in terms.values()):
-            raise ConfigError(f"distiller.terms={dict(terms)} has no term with a weight; give at least one, soft targets say")
+            raise ConfigError(
+                f"distiller.terms={dict(terms)} has no term with a weight; give at least one, soft targets say"
+            )
         if temperature <= 0:
             raise ConfigError(f"distiller.temperature={temperature} is not positive; use 1 to 20")
         self.temperature, self.cache = temperature, cache

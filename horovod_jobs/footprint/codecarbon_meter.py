@@ -149,7 +149,7 @@ def describe_hardware(tracker: Any) -> dict[str, Any]:
     """What the tracker reads: ``method`` ("measured: ...; estimated: ..."), the CPU's and GPUs' models, the TDP."""
     measured, estimated = [], []
     found: dict[str, Any] = {}
-    for part in tracker._hardware:
+    for part in sorted(tracker._hardware, key=lambda part: type(part).__name__):
         kind = type(part).__name__
         if kind == "CPU":
             found["cpu_model"] = part.get_model()

@@ -1,7 +1,8 @@
 """Which tensors of a graph become integers: the annotations that torchao's PT2E turns into observers.
 
-Every convolution and linear layer gets integer weights and inputs. An activation is quantized once, after the activation
-function that a runtime fuses, so that convolution, batch norm, ReLU and residual addition run as one chain of integers.
+Every convolution and linear layer gets integer weights and inputs. An activation is quantized once, after the
+activation function that a runtime fuses, so that convolution, batch norm, ReLU and residual addition run as one chain
+of integers.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ _IMPORT_MESSAGES = {
 }
 with known_messages_hidden(_IMPORT_MESSAGES):
     from torchao.quantization.pt2e import MinMaxObserver, PerChannelMinMaxObserver
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import (
         QuantizationAnnotation,
         QuantizationSpec,
         Quantizer,
         SharedQuantizationSpec,
     )
-    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 __all__ = [
     "IntegerChains",
@@ -53,7 +54,13 @@ ADDITIONS = frozenset({_ATEN.add.Tensor, _ATEN.add_.Tensor})
 POOLS = frozenset({_ATEN.adaptive_avg_pool2d.default, _ATEN.avg_pool2d.default})
 # These move or choose values, so their output has the scale of their input.
 TRANSPARENT = frozenset(
-    {_ATEN.flatten.using_ints, _ATEN.view.default, _ATEN.reshape.default, _ATEN.max_pool2d.default, _ATEN.permute.default}
+    {
+        _ATEN.flatten.using_ints,
+        _ATEN.view.default,
+        _ATEN.reshape.default,
+        _ATEN.max_pool2d.default,
+        _ATEN.permute.default,
+    }
 )
 _IDENTITIES = frozenset({_ATEN.dropout.default, _ATEN.dropout_.default, _ATEN.alias.default})
 
@@ -84,7 +91,9 @@ class Scheme:
         if self.per_channel:
             observer = PerChannelMinMaxObserver.with_args(eps=_EPS)
             return QuantizationSpec(torch.int8, observer, -limit, limit, torch.per_channel_symmetric, ch_axis=0)
-        return QuantizationSpec(torch.int8, MinMaxObserver.with_args(eps=_EPS), -limit, limit, torch.per_tensor_symmetric)
+        return QuantizationSpec(
+            torch.int8, MinMaxObserver.with_args(eps=_EPS), -limit, limit, torch.per_tensor_symmetric
+        )
 
 
 class IntegerChains(Quantizer):  # type: ignore[misc]

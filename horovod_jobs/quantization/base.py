@@ -67,5 +67,5 @@ class Recipe(Protocol):
     def quantize(
         self, model: nn.Module, *, input_shape: Sequence[int], calibration: Calibration, world: World, path: Path
     ) -> dict[str, Any]:
-        """Collective. Quantize a copy of ``model`` into ``path`` (written by rank 0); details in JSON, on every rank."""
+        """Collective. Quantize a copy of ``model`` to ``path`` (written by rank 0); details in JSON for every rank."""
         ...

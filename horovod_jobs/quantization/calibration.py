@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,9 @@ def calibration_indices(split: Split, *, samples: int, seed: int) -> Tensor:
     if samples < 1:
         raise ConfigError(f"calibration_samples={samples} leaves nothing to observe; use at least 1, such as 1024")
     if samples > len(split):
-        raise ConfigError(f"calibration_samples={samples}, but the training split has {len(split)}; use at most {len(split)}")
+        raise ConfigError(
+            f"calibration_samples={samples}, but the training split has {len(split)}; use at most {len(split)}"
+        )
     return epoch_permutation(len(split), seed=seed, epoch=0)[:samples]
 
 
@@ -63,7 +65,7 @@ def observe(prepared: nn.Module, split: Split, batches: Sequence[Tensor], *, wor
     reduce_ranges(observers, world=world)
 
 
-def ranges(prepared: nn.Module) -> dict[str, nn.Module]:
+def ranges(prepared: nn.Module) -> dict[str, Any]:
     """The observers of a prepared model by name.
 
     Raises:
@@ -71,7 +73,7 @@ def ranges(prepared: nn.Module) -> dict[str, nn.Module]:
     """
     from horovod_jobs.quantization.annotation import MinMaxObserver, PerChannelMinMaxObserver
 
-    found = {}
+    found: dict[str, Any] = {}
     for name, module in prepared.named_modules():
         if not hasattr(module, "calculate_qparams"):
             continue
@@ -84,7 +86,7 @@ def ranges(prepared: nn.Module) -> dict[str, nn.Module]:
     return dict(sorted(found.items()))
 
 
-def reduce_ranges(observers: dict[str, nn.Module], *, world: World) -> None:
+def reduce_ranges(observers: dict[str, Any], *, world: World) -> None:
     """Collective. Give every observer the minimum and maximum over ranks; two reductions for all of them together.
 
     A weight's observer has seen nothing on a rank that had no batch, so it takes the others' range like the rest.
@@ -96,17 +98,23 @@ def reduce_ranges(observers: dict[str, nn.Module], *, world: World) -> None:
     # Empty on a rank that has observed nothing yet: per-channel ranges then have no size of their own.
     widths = [max(1, *column) for column in zip(*sizes, strict=True)]
     for bound, op, nothing in (("min_val", "min", float("inf")), ("max_val", "max", float("-inf"))):
-        packed = torch.cat([_filled(getattr(m, bound), w, nothing) for m, w in zip(observers.values(), widths, strict=True)])
+        packed = torch.cat(
+            [_filled(getattr(m, bound), w, nothing) for m, w in zip(observers.values(), widths, strict=True)]
+        )
         total = world.allreduce(packed, name=f"quantization.{bound}", op=op)
         for (name, module), part in zip(observers.items(), total.split(widths), strict=True):
             if not bool(part.isfinite().all()):
                 raise NonFiniteError(
-                    f"the observed range of {name} is not finite ({bound}={part.flatten()[0].item()}); the model gives NaN or "
-                    "infinity on the calibration samples, so train it again or give other samples"
+                    f"the observed range of {name} is not finite ({bound}={part.flatten()[0].item()}); the model gives "
+                    "NaN or infinity on the calibration samples, so train it again or give other samples"
                 )
             per_channel = getattr(module, "ch_axis", None) is not None
-            getattr(module, bound).resize_(part.shape if per_channel else ()).copy_(part if per_channel else part[0])
+            value: Tensor = getattr(module, bound)
+            value.resize_(part.shape if per_channel else ()).copy_(part if per_channel else part[0])
 
 
 def _filled(values: Tensor, width: int, nothing: float) -> Tensor:
-    return values.reshape(-1).float() if values.numel() else torch.full((width,), nothing)
+    if values.numel() == 0:
+        return torch.full((width,), nothing)
+    # A minimum over ranks may pass over NaN; the other infinity wins everywhere.
+    return torch.nan_to_num(values.reshape(-1).float(), nan=-nothing, posinf=float("inf"), neginf=float("-inf"))

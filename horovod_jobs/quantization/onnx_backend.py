@@ -45,7 +45,7 @@ class OnnxRuntime:
 
 
 def count_kernels(path: Path) -> dict[str, Any]:
-    """What onnxruntime runs on this machine, by kind: ``integer``, ``float`` and every operator of its optimised graph."""
+    """What onnxruntime runs here: ``integer`` and ``float`` layers by kind, and every operator of its optimised graph."""
     import onnx
 
     with tempfile.TemporaryDirectory() as directory:
@@ -77,5 +77,7 @@ def _dynamic(model: onnx.ModelProto, scheme: DynamicScheme) -> onnx.ModelProto:
         quantized = onnx.load(target)
     strip(quantized)
     if not any(node.op_type == "MatMulInteger" for node in quantized.graph.node):
-        raise ConfigError("none of the model's linear layers can be quantized dynamically (0 found); use quantizer=int8_static")
+        raise ConfigError(
+            "none of the model's linear layers can be quantized dynamically (0 found); use quantizer=int8_static"
+        )
     return quantized

@@ -1,4 +1,4 @@
-"""Rewrites of a quantized ONNX graph that let onnxruntime use integer kernels; none changes a value by more than rounding."""
+"""Rewrites of a quantized ONNX graph for onnxruntime's integer kernels; none changes a value by more than rounding."""
 
 from __future__ import annotations
 
@@ -47,6 +47,7 @@ def finish(model: onnx.ModelProto) -> None:
     quantize_biases(model)
     name_global_pools(model)
     split_symmetric_activations(model)
+    part_symmetric_readers(model)
     prune(model)
 
 
@@ -96,7 +97,9 @@ def name_global_pools(model: onnx.ModelProto) -> int:
             continue
         axes = graph.value(node.input[1])
         keeps = all(entry.i == 1 for entry in node.attribute if entry.name == "keepdims")
-        between = graph.made_by(node.input[0], "DequantizeLinear") and graph.only_reader(node.output[0], "QuantizeLinear")
+        between = graph.made_by(node.input[0], "DequantizeLinear") and graph.only_reader(
+            node.output[0], "QuantizeLinear"
+        )
         # Only a pool over [B, C, H, W] is quantized on both sides (annotation.POOLS).
         if axes is not None and keeps and between and sorted(int(axis) % 4 for axis in axes) == [2, 3]:
             node.op_type = "GlobalAveragePool"
@@ -107,15 +110,17 @@ def name_global_pools(model: onnx.ModelProto) -> int:
 
 
 def split_symmetric_activations(model: onnx.ModelProto) -> int:
-    """Quantize before a ReLU instead of after it where the zero point is not the smallest integer; how many were.
+    """Quantize before a ReLU, and not only after it, where the zero point is not the smallest integer; how many were.
 
     With uint8 and zero point 0 the ReLU is the lower bound of the integers and costs nothing. With symmetric int8 it is
-    not, and onnxruntime would run the layer in float32. The same scale before it gives the same values: what is below the
-    range is negative, and ReLU makes it 0. ReLU then runs on the integers.
+    not, and onnxruntime would run the layer in float32. A pair of the same scale before the ReLU gives the same
+    values: what is below its range is negative, and ReLU makes it 0.
     """
+    from onnx import helper
+
     graph = _Graph(model)
     done = 0
-    for relu in graph.proto.node:
+    for relu in list(graph.proto.node):
         quantize = graph.only_reader(relu.output[0], "QuantizeLinear") if relu.op_type == "Relu" else None
         layer = graph.producer.get(relu.input[0])
         if quantize is None or layer is None or layer.op_type not in ("Conv", "Add", "Gemm"):
@@ -123,13 +128,49 @@ def split_symmetric_activations(model: onnx.ModelProto) -> int:
         zero = graph.value(quantize.input[2])
         if zero is None or zero.dtype != np.int8 or zero.any() or len(graph.readers[relu.input[0]]) != 1:
             continue
-        # The two nodes trade places by trading what they do, so the order of nodes stays one of dependence.
-        relu.op_type, quantize.op_type = "QuantizeLinear", "Relu"
-        relu.input.extend(quantize.input[1:])
-        del quantize.input[1:]
-        relu.attribute.extend(quantize.attribute)
-        quantize.ClearField("attribute")
+        name = f"{relu.input[0]}.clipped"
+        parameters = list(quantize.input[1:])
+        pair = [
+            helper.make_node("QuantizeLinear", [relu.input[0], *parameters], [f"{name}.int8"]),
+            helper.make_node("DequantizeLinear", [f"{name}.int8", *parameters], [name]),
+        ]
+        relu.input[0] = name
+        position = list(graph.proto.node).index(relu)
+        for offset, node in enumerate(pair):
+            graph.proto.node.insert(position + offset, node)
         done += 1
+    return done
+
+
+def part_symmetric_readers(model: onnx.ModelProto) -> int:
+    """Give each reader of an int8 activation a quantize/dequantize pair of its own; how many were added.
+
+    onnxruntime's x86 kernels take uint8 activations; it shifts int8 ones, but only where a pair has one reader, and
+    would run the layers around any other pair in float32.
+    """
+    from onnx import helper
+
+    graph = _Graph(model)
+    done = 0
+    for dequantize in list(graph.proto.node):
+        quantize = (
+            graph.made_by(dequantize.input[0], "QuantizeLinear") if dequantize.op_type == "DequantizeLinear" else None
+        )
+        zero = graph.value(quantize.input[2]) if quantize is not None else None
+        if quantize is None or zero is None or zero.dtype != np.int8:
+            continue
+        output = dequantize.output[0]
+        for number, reader in enumerate(graph.readers.get(output, [])[1:], start=1):
+            name = f"{output}.reader{number}"
+            pair = [
+                helper.make_node("QuantizeLinear", list(quantize.input), [f"{name}.int8"]),
+                helper.make_node("DequantizeLinear", [f"{name}.int8", *dequantize.input[1:]], [name]),
+            ]
+            reader.input[list(reader.input).index(output)] = name
+            position = list(graph.proto.node).index(dequantize) + 1
+            for offset, node in enumerate(pair):
+                graph.proto.node.insert(position + offset, node)
+            done += 1
     return done
 
 

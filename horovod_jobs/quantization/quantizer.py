@@ -23,8 +23,8 @@ class StaticInt8:
 
     Jacob et al. 2018, arXiv:1712.05877. Convolution and batch norm are folded first. Through torchao's PT2E.
 
-    symmetric_activations: int8 with zero point 0 instead of uint8 with any zero point. Accelerators such as TensorRT ask
-        for it; on x86 it is slower and less exact.
+    symmetric_activations: int8 with zero point 0 instead of uint8 with any zero point. Accelerators such as TensorRT
+        ask for it; on x86 it is slower and less exact.
     per_channel: one scale for each output channel of a weight instead of one for all.
     reduce_range: 7-bit weights, for x86 CPUs without VNNI, whose 16-bit sums would saturate.
     backend: null is onnxruntime on the CPU.
@@ -40,7 +40,11 @@ class StaticInt8:
         reduce_range: bool = False,
         backend: Backend | None = None,
     ) -> None:
-        self.symmetric_activations, self.per_channel, self.reduce_range = symmetric_activations, per_channel, reduce_range
+        self.symmetric_activations, self.per_channel, self.reduce_range = (
+            symmetric_activations,
+            per_channel,
+            reduce_range,
+        )
         self._backend = backend or _default_backend()
 
     def quantize(
@@ -81,11 +85,13 @@ class StaticInt8:
         layers = count_layers(graph)
         if not any(layers.values()):
             raise ConfigError(
-                f"{type(model).__name__} has 0 convolutions and linear layers with weights of their own; there is nothing to "
-                "quantize, so leave out this stage"
+                f"{type(model).__name__} has 0 convolutions and linear layers with weights of their own; there is "
+                "nothing to quantize, so leave out this stage"
             )
         scheme = Scheme(
-            symmetric_activations=self.symmetric_activations, per_channel=self.per_channel, reduce_range=self.reduce_range
+            symmetric_activations=self.symmetric_activations,
+            per_channel=self.per_channel,
+            reduce_range=self.reduce_range,
         )
         return prepare_pt2e(graph, IntegerChains(scheme)), layers
 
@@ -117,7 +123,8 @@ class DynamicInt8:
         total = sum(parameter.numel() for parameter in model.parameters())
         if not linear:
             raise ConfigError(
-                f"{type(model).__name__} has 0 linear layers and dynamic int8 quantizes nothing else; use quantizer=int8_static"
+                f"{type(model).__name__} has 0 linear layers and dynamic int8 quantizes nothing else; use "
+                "quantizer=int8_static"
             )
 
         def write() -> dict[str, Any]:
@@ -126,14 +133,20 @@ class DynamicInt8:
 
         written = world.main(write, name="quantization.write")
         share = weights / total
-        note = "" if share >= 0.5 else (
-            f" They hold only {share:.1%} of the parameters, so little is gained; quantizer=int8_static quantizes convolutions too."
+        note = (
+            ""
+            if share >= 0.5
+            else (
+                f" They hold only {share:.1%} of the parameters, so little is gained; quantizer=int8_static quantizes "
+                "convolutions too."
+            )
         )
         return {
             "recipe": self.name,
             "backend": self._backend.name,
             "activations": "uint8 asymmetric, ranges at run time",
-            "weights": f"int{7 if self._scheme.reduce_range else 8} per {'channel' if self._scheme.per_channel else 'tensor'}",
+            "weights": f"int{7 if self._scheme.reduce_range else 8} per "
+            "{'channel' if self._scheme.per_channel else 'tensor'}",
             "layers": {"linear": len(linear)},
             "linear_share_of_parameters": share,
             "note": f"Only linear layers are quantized; convolutions stay float32.{note}",

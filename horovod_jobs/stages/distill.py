@@ -12,8 +12,7 @@ from horovod_jobs.instantiate import instantiate
 from horovod_jobs.predict import load_module
 from horovod_jobs.stages.base import StageContext, StageResult
 from horovod_jobs.stages.train import artifact_name, build_model, check_outputs, fit_and_save
-from horovod_jobs.training.fit import place
-from horovod_jobs.training.precision import choose_device
+from horovod_jobs.training.precision import choose_device, place
 
 
 def run(ctx: StageContext, cfg: DistillStage) -> StageResult:

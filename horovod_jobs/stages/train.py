@@ -17,8 +17,10 @@ from horovod_jobs.predict import load_module, save_model
 from horovod_jobs.stages.base import StageContext, StageResult
 from horovod_jobs.storage import storage_errors
 from horovod_jobs.training.batchnorm import synchronise
-from horovod_jobs.training.fit import Fit, place, seed_step
+from horovod_jobs.training.fit import Fit
 from horovod_jobs.training.objective import Supervised
+from horovod_jobs.training.precision import place
+from horovod_jobs.training.state import seed_step
 
 
 def run(ctx: StageContext, cfg: TrainStage) -> StageResult:
@@ -39,7 +41,9 @@ def build_model(ctx: StageContext, cfg: TrainStage) -> nn.Module:
     arguments = accepted(cfg.model, offered, allow=ctx.allow_targets)
     model = instantiate(cfg.model, allow=ctx.allow_targets, where=f"stages.{ctx.name}.model", **arguments)
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"stages.{ctx.name}.model: {cfg.model['_target_']} gives a {type(model).__name__}; name a torch.nn.Module")
+        raise ConfigError(
+            f"stages.{ctx.name}.model: {cfg.model['_target_']} gives a {type(model).__name__}; name a torch.nn.Module"
+        )
     if "init" in ctx.inputs:
         start = load_module(ctx.inputs["init"], allow_targets=ctx.allow_targets)
         try:
@@ -52,7 +56,9 @@ def build_model(ctx: StageContext, cfg: TrainStage) -> nn.Module:
     return model
 
 
-def check_outputs(ctx: StageContext, model: nn.Module, *, loss: Callable[[Batch], Any] | None = None) -> tuple[int, ...]:
+def check_outputs(
+    ctx: StageContext, model: nn.Module, *, loss: Callable[[Batch], Any] | None = None
+) -> tuple[int, ...]:
     """Shape of the model's outputs for one sample; a model or loss that does not fit the data is found before it trains.
 
     Raises:
@@ -75,11 +81,15 @@ def check_outputs(ctx: StageContext, model: nn.Module, *, loss: Callable[[Batch]
     finally:
         model.train(was_training)
     if not isinstance(outputs, torch.Tensor) or outputs.shape[0] != 1:
-        raise ConfigError(f"stages.{ctx.name}: the model gives {type(outputs).__name__} for one sample; it must give a tensor [B, C]")
+        raise ConfigError(
+            f"stages.{ctx.name}: the model gives {type(outputs).__name__} for one sample; it must give a tensor [B, C]"
+        )
     return tuple(outputs.shape[1:])
 
 
-def fit_and_save(ctx: StageContext, cfg: TrainStage, objective: Any, *, details: dict[str, Any] | None = None) -> StageResult:
+def fit_and_save(
+    ctx: StageContext, cfg: TrainStage, objective: Any, *, details: dict[str, Any] | None = None
+) -> StageResult:
     """Collective. Train an objective that is on its device, write its model into ``ctx.staging``."""
     world, allow = ctx.world, ctx.allow_targets
     if cfg.fit.sync_batchnorm:
@@ -118,11 +128,18 @@ def fit_and_save(ctx: StageContext, cfg: TrainStage, objective: Any, *, details:
 
     model_bytes = world.main(write, name="train.write")
     last = state.history[-1] if state.history else {}
-    metrics = {key: float(last[key]) for key in ("train_loss", "validation_loss", "validation_accuracy") if key in last}
+    metrics: dict[str, float] = {
+        key: float(last[key]) for key in ("train_loss", "validation_loss", "validation_accuracy") if key in last
+    }
     metrics.update(epochs=float(state.epoch), steps=float(state.step), **fit.whole.figures())
     return StageResult(
         metrics=metrics,
-        details={"history": state.history, "exchange": fit.updater.describe(), "best_step": state.best_step, **(details or {})},
+        details={
+            "history": state.history,
+            "exchange": fit.updater.describe(),
+            "best_step": state.best_step,
+            **(details or {}),
+        },
         parameters=parameters,
         model_bytes=model_bytes,
         resumed_from_step=fit.resumed_from,

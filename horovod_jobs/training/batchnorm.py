@@ -22,7 +22,17 @@ class _Normalise(torch.autograd.Function):
     """(x - mean) / sqrt(var + eps) * weight + bias, with the gradient through mean and var of the global batch."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, invstd: Tensor, count: float, world: World, name: str) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        mean: Tensor,
+        invstd: Tensor,
+        count: float,
+        world: World,
+        name: str,
+    ) -> Tensor:
         ctx.save_for_backward(x, weight, mean, invstd)
         ctx.count, ctx.world, ctx.name = count, world, name
         scale = weight * invstd
@@ -41,7 +51,9 @@ class _Normalise(torch.autograd.Function):
         # dx = weight * invstd * (dy - mean_dy - xhat * mean_dy_xhat), gathered into one multiplication and addition per element.
         slope = -mean_dy_xhat * invstd
         offset = -mean_dy - slope * mean
-        dx = torch.addcmul(dy + _channel_view(offset, x), x, _channel_view(slope, x)) * _channel_view(weight * invstd, x)
+        dx = torch.addcmul(dy + _channel_view(offset, x), x, _channel_view(slope, x)) * _channel_view(
+            weight * invstd, x
+        )
         # The weight's own gradients stay local: the optimizer's exchange sums them like all others.
         return dx, sum_dy_xhat, sum_dy, None, None, None, None, None
 
@@ -74,7 +86,9 @@ class SyncBatchNorm(nn.Module):
         bias = self.bias if self.affine else torch.zeros_like(mean)
         dtype = x.dtype
         # Under autocast activations may be bf16; the normalisation itself is done in float32, as torch does.
-        y: Tensor = _Normalise.apply(x.float(), weight, bias, mean, (var + self.eps).rsqrt(), count, self._world, self._name)
+        y: Tensor = _Normalise.apply(
+            x.float(), weight, bias, mean, (var + self.eps).rsqrt(), count, self._world, self._name
+        )
         return y.to(dtype)
 
     def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -86,7 +100,9 @@ class SyncBatchNorm(nn.Module):
         if n:
             var, mean = torch.var_mean(x.float(), axes, correction=0)
             var, mean = var.double(), mean.double()
-            packed = torch.cat([mean * n, (var + mean * mean) * n, torch.tensor([float(n)], dtype=torch.float64, device=x.device)])
+            packed = torch.cat(
+                [mean * n, (var + mean * mean) * n, torch.tensor([float(n)], dtype=torch.float64, device=x.device)]
+            )
         packed = self._world.allreduce(packed, name=f"{self._name}.forward")
         count = float(packed[-1])
         mean = packed[:channels] / count

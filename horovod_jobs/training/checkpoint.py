@@ -66,7 +66,9 @@ class Checkpoints:
 
     def _prune(self, best_step: int | None) -> None:
         steps = sorted(self._directory.glob("step-*"))
-        best = [path for path in self._directory.glob("best-*") if best_step is None or path.name != f"best-{best_step:09d}"]
+        best = [
+            path for path in self._directory.glob("best-*") if best_step is None or path.name != f"best-{best_step:09d}"
+        ]
         for path in [*steps[: -self._keep], *best]:
             shutil.rmtree(path, ignore_errors=True)
 
@@ -102,7 +104,9 @@ class Checkpoints:
         size = self._world.main(measure, name=f"{name}.size")
         if size < 0:
             return None
-        tensor = torch.frombuffer(bytearray(kept[0]), dtype=torch.uint8) if kept else torch.empty(size, dtype=torch.uint8)
+        tensor = (
+            torch.frombuffer(bytearray(kept[0]), dtype=torch.uint8) if kept else torch.empty(size, dtype=torch.uint8)
+        )
         data = self._world.broadcast(tensor, name=f"{name}.bytes").numpy().tobytes()
         state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         return state

@@ -7,17 +7,14 @@ that was cut off and resumed is the run that was not, and world sizes differ by 
 from __future__ import annotations
 
 import math
-import random
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from horovod_jobs.comm.world import World
 from horovod_jobs.config import FitConfig
 from horovod_jobs.data.base import Batch, batches
 from horovod_jobs.data.sharding import epoch_permutation, micro_batches, num_batches
@@ -26,51 +23,14 @@ from horovod_jobs.evaluation import evaluate
 from horovod_jobs.footprint import Footprint
 from horovod_jobs.interrupt import stopped
 from horovod_jobs.stages.base import StageContext
-from horovod_jobs.storage import digest_of
 from horovod_jobs.strategy.base import Strategy
 from horovod_jobs.training.checkpoint import Checkpoints
 from horovod_jobs.training.ema import Ema
-from horovod_jobs.training.precision import Precision, choose_device
+from horovod_jobs.training.precision import Precision
 from horovod_jobs.training.schedules import Schedule
+from horovod_jobs.training.state import FitState, Timing, seed_step
 
 _VALIDATION_BATCH = 256
-
-
-@dataclass
-class FitState:
-    """Where training is. Plain values: it travels in checkpoints."""
-
-    epoch: int = 0
-    batch: int = 0  # global batches of this epoch that are done
-    step: int = 0
-    best: float | None = None
-    best_step: int | None = None
-    epochs_since_best: int = 0
-    finished: bool = False
-    sums: dict[str, float] = field(default_factory=dict)  # of this epoch so far
-    history: list[dict[str, float | int]] = field(default_factory=list)
-
-
-@dataclass
-class Timing:
-    """Seconds of this rank since the last reading, by what they went into."""
-
-    data: float = 0.0
-    compute: float = 0.0
-    exchange: float = 0.0
-    total: float = 0.0
-    steps: int = 0
-    samples: int = 0
-
-    def figures(self) -> dict[str, float]:
-        steps = max(1, self.steps)
-        return {
-            "samples_per_s": self.samples / self.total if self.total else 0.0,
-            "step_ms": 1000 * self.total / steps,
-            "data_ms": 1000 * self.data / steps,
-            "compute_ms": 1000 * self.compute / steps,
-            "exchange_ms": 1000 * self.exchange / steps,
-        }
 
 
 class Fit:
@@ -234,7 +194,9 @@ class Fit:
             due = float(time.monotonic() - self.last_checkpoint >= self.config.checkpoint_every_s)
         stop = self.ctx.stop.code
         head = torch.tensor([float(not finite), float(stop == 1), float(stop == 2), due], dtype=torch.float64)
-        return self.world.allreduce_async(torch.cat([head, sums if finite else torch.zeros_like(sums)]), name="fit.control")
+        return self.world.allreduce_async(
+            torch.cat([head, sums if finite else torch.zeros_like(sums)]), name="fit.control"
+        )
 
     def _account(self, sums: dict[str, float], *, count: int) -> None:
         state = self.state
@@ -260,7 +222,11 @@ class Fit:
     def _end_epoch(self) -> None:
         state, config = self.state, self.config
         sums = state.sums
-        entry: dict[str, float | int] = {"epoch": state.epoch + 1, "step": state.step, "lr": self.optimizer.param_groups[0]["lr"]}
+        entry: dict[str, float | int] = {
+            "epoch": state.epoch + 1,
+            "step": state.step,
+            "lr": self.optimizer.param_groups[0]["lr"],
+        }
         if sums.get("count"):
             entry["train_loss"] = sums["loss"] / sums["count"]
             entry["train_accuracy"] = sums["correct"] / sums["count"] if "correct" in sums else float("nan")
@@ -370,7 +336,9 @@ class Fit:
     def _non_finite(self, indices: Tensor, *, finite: bool) -> None:
         """Collective: every rank comes here in the same step."""
         world, state = self.world, self.state
-        mine = torch.cat(micro_batches(indices, rank=world.rank, size=world.size, accumulate=self.config.accumulate)).tolist()
+        mine = torch.cat(
+            micro_batches(indices, rank=world.rank, size=world.size, accumulate=self.config.accumulate)
+        ).tolist()
         inputs = self.ctx.data.train.fetch(torch.tensor(mine, dtype=torch.int64)).inputs
         bad = [index for index, row in zip(mine, inputs, strict=True) if not bool(torch.isfinite(row).all())]
         told = world.gather_json([[] if finite else mine, bad], name="fit.non_finite")
@@ -378,7 +346,9 @@ class Fit:
         samples = [index for part, _ in told for index in part]
         broken = [index for _, part in told for index in part]
         self.ctx.events.emit("non_finite", stage=self.ctx.name, step=state.step, ranks=ranks, samples=samples)
-        shown = ", ".join(map(str, samples[:8])) + (f", ... ({len(samples)} in all, in events.jsonl)" if len(samples) > 8 else "")
+        shown = ", ".join(map(str, samples[:8])) + (
+            f", ... ({len(samples)} in all, in events.jsonl)" if len(samples) > 8 else ""
+        )
         if broken:
             shown += f"; the inputs of {', '.join(map(str, broken[:8]))} are not finite themselves"
         raise NonFiniteError(
@@ -390,23 +360,3 @@ class Fit:
     def _log_scalars(self, values: dict[str, float]) -> None:
         for name, value in {**values, "lr": self.optimizer.param_groups[0]["lr"]}.items():
             self.ctx.tracker.scalar(f"{self.ctx.name}/{name}", value, step=self.state.step)
-
-
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Random numbers (dropout, say) are a function of the step and the rank: a resumed run draws what it would have drawn."""
-    mixed = int(digest_of([seed, step, rank])[:15], 16)
-    torch.manual_seed(mixed)
-    random.seed(mixed)
-    np.random.seed(mixed % 2**32)
-
-
-def place(objective: torch.nn.Module, *, config: FitConfig, world: World) -> torch.device:
-    """Move an objective to this rank's device and memory layout, and compile its model where asked."""
-    device = choose_device(config.device, local_rank=world.local_rank)
-    objective.to(device)
-    if config.channels_last:
-        objective.to(memory_format=torch.channels_last)
-    if config.compile:
-        objective.model.compile()
-    return device
-

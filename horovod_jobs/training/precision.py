@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from horovod_jobs.comm.world import World
+from horovod_jobs.config import FitConfig
 from horovod_jobs.errors import ConfigError, SetupError
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -61,10 +63,23 @@ def choose_device(name: str, *, local_rank: int) -> torch.device:
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise SetupError("fit.device=cuda, and torch sees no GPU here; use fit.device=cpu, or install a CUDA build of torch")
+        raise SetupError(
+            "fit.device=cuda, and torch sees no GPU here; use fit.device=cpu, or install a CUDA build of torch"
+        )
     if local_rank >= torch.cuda.device_count():
         raise ConfigError(
             f"this host has {torch.cuda.device_count()} GPUs and a rank {local_rank}; start one rank a GPU, or use fit.device=cpu"
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def place(objective: Any, *, config: FitConfig, world: World) -> torch.device:
+    """Move an objective to this rank's device and memory layout, and compile its model where asked."""
+    device = choose_device(config.device, local_rank=world.local_rank)
+    objective.to(device)
+    if config.channels_last:
+        objective.to(memory_format=torch.channels_last)
+    if config.compile:
+        objective.model.compile()
+    return device

@@ -31,7 +31,9 @@ def _check_warmup(epochs: float, start: float) -> None:
     if epochs < 0:
         raise ConfigError(f"schedule.warmup_epochs={epochs} is negative; use 0 or more")
     if not 0 <= start <= 1:
-        raise ConfigError(f"schedule.warmup_start={start} is not between 0 and 1; use the share of the rate to start from")
+        raise ConfigError(
+            f"schedule.warmup_start={start} is not between 0 and 1; use the share of the rate to start from"
+        )
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,9 @@ class OneCycle:
 
     def __post_init__(self) -> None:
         if not 0 < self.peak_at < 1:
-            raise ConfigError(f"schedule.peak_at={self.peak_at} is not between 0 and 1; use the share of steps before the peak")
+            raise ConfigError(
+                f"schedule.peak_at={self.peak_at} is not between 0 and 1; use the share of steps before the peak"
+            )
 
     def factor(self, step: int, *, total: int, steps_per_epoch: int) -> float:
         last = max(1, total - 1)

@@ -1,4 +1,4 @@
-"""The set-up scripts: what they refuse, what they leave alone. The real build takes minutes and is not repeated here."""
+"""The set-up scripts: what they refuse, what they leave alone. The real build takes minutes and is not done here."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 import zipfile
 from pathlib import Path
@@ -19,7 +18,10 @@ ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"
 SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), ROOT / ".ci" / "run"]
 # Programs the scripts use before they install anything; a PATH of links to them hides everything else.
-BASE_TOOLS = "awk bash basename cat cp cut date df dirname du env grep head id ls mkdir mktemp mv ps rm sed sha256sum sleep sort stat tail tr".split()
+BASE_TOOLS = (
+    *("awk", "bash", "basename", "cat", "cp", "cut", "date", "df", "dirname", "du", "env", "grep", "head", "id", "ls"),
+    *("mkdir", "mktemp", "mv", "rm", "sed", "sha256sum", "sleep", "sort", "stat", "tail", "tr"),
+)
 
 FAKE_PIP = """
 import os, sys
@@ -136,9 +138,10 @@ def fake(tree: Path, tmp_path: Path) -> dict[str, str]:
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.13.0\n", encoding="utf-8")
     python = tmp_path / "python3"
-    # `-m venv DIR` makes a folder with this same script in it; everything else is the real Python with the fake pip before it.
+    # `-m venv DIR` makes a folder with this same script in it; the rest goes to the real Python with the fake pip.
     python.write_text(
-        f'#!/bin/bash\nif [ "$1 $2" = "-m venv" ]; then mkdir -p "$3/bin" && touch "$3/pyvenv.cfg" && cp "$0" "$3/bin/python"\n'
+        '#!/bin/bash\nif [ "$1 $2" = "-m venv" ]; then\n'
+        '  mkdir -p "$3/bin" && touch "$3/pyvenv.cfg" && cp "$0" "$3/bin/python"\n'
         f'else PYTHONPATH={site} exec {sys.executable} "$@"; fi\n',
         encoding="utf-8",
     )
@@ -216,71 +219,6 @@ def test_an_environment_somebody_else_made_is_not_deleted(tree: Path, fake: dict
     (venv / "theirs").touch()
     assert run(tree / "launch" / "install.sh", **fake).returncode == 0
     assert (venv / "theirs").exists()
-
-
-SOURCE = {"CMakeLists.txt": "project(x)\nset(STANDARD 14)\n", "deep/b.cc": "reserve(size_);\n"}
-FIXES = """
-[one]
-file = CMakeLists.txt
-old = set(STANDARD 14)
-new = set(STANDARD 17)
-reason = Because.
-
-[two]
-file = deep/b.cc
-old = reserve(size_);
-new = resize(size_);
-reason = Because.
-"""
-
-
-def fix(tmp_path: Path, *, fixes: str = FIXES, **changed: str) -> tuple[subprocess.CompletedProcess[str], Path]:
-    source = tmp_path / "source"
-    for name, text in {
-        **SOURCE,
-        **{key.replace("__", "/").replace("_", "."): value for key, value in changed.items()},
-    }.items():
-        (source / name).parent.mkdir(parents=True, exist_ok=True)
-        (source / name).write_text(text, encoding="utf-8")
-    (tmp_path / "x.fixes").write_text(fixes, encoding="utf-8")
-    return run(sys.executable, LAUNCH / "apply_fixes.py", tmp_path / "x.fixes", source, PATH=os.environ["PATH"]), source
-
-
-def test_fixes_are_applied_and_shown(tmp_path: Path) -> None:
-    done, source = fix(tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "CMakeLists.txt:2: set(STANDARD 14) -> set(STANDARD 17)" in done.stdout
-    assert (source / "CMakeLists.txt").read_text(encoding="utf-8") == "project(x)\nset(STANDARD 17)\n"
-    assert (source / "deep/b.cc").read_text(encoding="utf-8") == "resize(size_);\n"
-
-
-@pytest.mark.parametrize("text", ["", "reserve(size_); reserve(size_);\n"], ids=["missing", "twice"])
-def test_a_fix_that_does_not_fit_stops_and_changes_nothing(tmp_path: Path, text: str) -> None:
-    done, source = fix(tmp_path, deep__b_cc=text)
-    assert done.returncode == 5
-    assert f"[two] deep/b.cc has the text 'reserve(size_);' {text.count('reserve')} times, not once" in done.stderr
-    assert (source / "CMakeLists.txt").read_text(encoding="utf-8") == SOURCE["CMakeLists.txt"]
-
-
-@pytest.mark.parametrize(
-    "fixes", ["", FIXES.replace("reason = Because.", "", 1), FIXES.replace("deep/b.cc", "gone.cc")]
-)
-def test_a_list_of_fixes_that_is_wrong_stops(tmp_path: Path, fixes: str) -> None:
-    done, _ = fix(tmp_path, fixes=fixes)
-    assert done.returncode == 5
-    assert done.stderr.startswith("error: ")
-
-
-def test_the_fixes_fit_the_real_source(tmp_path: Path) -> None:
-    sdist = os.environ.get("HOROVOD_SDIST")
-    if not sdist:
-        pytest.skip("HOROVOD_SDIST does not name horovod-0.28.1.tar.gz; the build itself checks this too")
-    with tarfile.open(sdist) as archive:
-        archive.extractall(tmp_path, filter="data")
-    fixes = LAUNCH / "horovod-0.28.1.fixes"
-    done = run(sys.executable, LAUNCH / "apply_fixes.py", fixes, tmp_path / "horovod-0.28.1", PATH=os.environ["PATH"])
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("why:") == 4
 
 
 @pytest.mark.skipif(importlib.util.find_spec("hatchling") is None, reason="hatchling is not installed (extra: dev)")

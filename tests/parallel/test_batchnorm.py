@@ -14,7 +14,14 @@ from horovod_jobs.training.batchnorm import SyncBatchNorm, synchronise
 
 def net() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(2, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 3, 3), nn.BatchNorm2d(3, affine=False), nn.Flatten(1))
+    return nn.Sequential(
+        nn.Conv2d(2, 5, 3),
+        nn.BatchNorm2d(5),
+        nn.ReLU(),
+        nn.Conv2d(5, 3, 3),
+        nn.BatchNorm2d(3, affine=False),
+        nn.Flatten(1),
+    )
 
 
 @pytest.mark.parametrize("sizes", [(4, 4), (7, 1), (8, 0)], ids=str)

@@ -50,10 +50,13 @@ def alone(world: World, directory: Path, **settings: Any) -> tuple[dict[str, Ten
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"samples": 97}, {"samples": 98}, {"accumulate": 2}, {"clip_norm": 0.1}, {"ema_decay": 0.9}, {"drop_last": True}, {"max_steps": 7}],
+    [{}, {"samples": 97}, {"samples": 98}, {"accumulate": 2}, {"clip_norm": 0.1}, {"ema_decay": 0.9}, {"drop_last": True},
+     {"max_steps": 7}],
     ids=str,
 )  # fmt: skip
-def test_the_world_size_does_not_change_the_loss_curve(world: World, shared_dir: Path, settings: dict[str, Any]) -> None:
+def test_the_world_size_does_not_change_the_loss_curve(
+    world: World, shared_dir: Path, settings: dict[str, Any]
+) -> None:
     """97 samples leave a last batch of one: every rank but one has nothing in it."""
     ours, result = run(shared_dir, world, **settings)
     wanted, straight = alone(world, shared_dir, **settings)
@@ -129,7 +132,9 @@ def test_tuning_keeps_the_result(world: World, shared_dir: Path, monkeypatch: py
     monkeypatch.setattr(allreduce, "PROBE_STEPS", 3)
     tuned, result = run(shared_dir / "b", world, epochs=6)
     assert set(result.details["exchange"]["tuned_step_ms_by_num_groups"]) == {"0", "1", "2", "4"}
-    assert all(torch.allclose(plain[key].double(), tuned[key].double(), atol=0 if world.size == 2 else 1e-4) for key in plain)
+    assert all(
+        torch.allclose(plain[key].double(), tuned[key].double(), atol=0 if world.size == 2 else 1e-4) for key in plain
+    )
 
 
 def test_fp16_compression_is_near(world: World, shared_dir: Path) -> None:
@@ -142,7 +147,10 @@ def test_fp16_compression_is_near(world: World, shared_dir: Path) -> None:
 def published(ctx: Any, *, fingerprint: str) -> Artifact:
     """Publish what a stage wrote."""
     path = ctx.world.main(
-        lambda: str(ctx.store.publish(ctx.staging, kind="model", fingerprint=fingerprint, meta={"stage": ctx.name}).path), name="test.publish"
+        lambda: str(
+            ctx.store.publish(ctx.staging, kind="model", fingerprint=fingerprint, meta={"stage": ctx.name}).path
+        ),
+        name="test.publish",
     )
     artifact = ctx.store.lookup("model", fingerprint)
     assert artifact is not None
@@ -163,15 +171,23 @@ def test_cached_live_and_single_process_distillation_agree(world: World, shared_
     train.run(ctx, train_stage())
     teacher = published(ctx, fingerprint="cd" * 32)
     histories = []
-    for name, where, cache in (("live", world, False), ("cached", world, True), (f"alone-{world.rank}", SingleWorld(), True)):
-        student = context(shared_dir, world=where, name=name, inputs={"teacher": teacher}, fingerprint=name[0] * 64, seed=1)
+    for name, where, cache in (
+        ("live", world, False),
+        ("cached", world, True),
+        (f"alone-{world.rank}", SingleWorld(), True),
+    ):
+        student = context(
+            shared_dir, world=where, name=name, inputs={"teacher": teacher}, fingerprint=name[0] * 64, seed=1
+        )
         histories.append(distill.run(student, distill_stage(cache=cache)).details["history"])
     for live, cached, single in zip(*histories, strict=True):
         assert cached["train_loss"] == pytest.approx(live["train_loss"], rel=1e-5)
         assert single["train_loss"] == pytest.approx(cached["train_loss"], rel=1e-4)
 
 
-def test_the_cache_holds_the_teachers_outputs_in_order_and_is_made_again_when_damaged(world: World, shared_dir: Path) -> None:
+def test_the_cache_holds_the_teachers_outputs_in_order_and_is_made_again_when_damaged(
+    world: World, shared_dir: Path
+) -> None:
     ctx = context(shared_dir, world=world, name="teacher")
     train.run(ctx, train_stage())
     teacher = published(ctx, fingerprint="cd" * 32)
@@ -183,7 +199,9 @@ def test_the_cache_holds_the_teachers_outputs_in_order_and_is_made_again_when_da
     assert made
     assert torch.allclose(outputs, wanted, atol=1e-5)
     assert not teacher_outputs(ctx, teacher, model, device=torch.device("cpu"))[2], "the second time it is there"
-    world.main(lambda: (shared_dir / "store" / ref / "outputs.safetensors").write_bytes(b"x") and None, name="test.damage")
+    world.main(
+        lambda: (shared_dir / "store" / ref / "outputs.safetensors").write_bytes(b"x") and None, name="test.damage"
+    )
     again, _, made = teacher_outputs(ctx, teacher, model, device=torch.device("cpu"))
     assert made
     assert torch.equal(again, outputs)

@@ -20,7 +20,9 @@ def test_allreduce_sums_over_ranks(world: World, dtype: torch.dtype, shape: tupl
     assert torch.equal(mine, torch.full(shape, world.rank + 1).to(dtype)), "the argument is left as it was"
 
 
-@pytest.mark.parametrize(("op", "wanted"), [("min", lambda n: 0.0), ("max", lambda n: n - 1.0), ("average", lambda n: (n - 1) / 2)])
+@pytest.mark.parametrize(
+    ("op", "wanted"), [("min", lambda n: 0.0), ("max", lambda n: n - 1.0), ("average", lambda n: (n - 1) / 2)]
+)
 @pytest.mark.parametrize("size", [4, 40000])
 def test_other_reductions(world: World, op: str, wanted, size: int) -> None:
     mine = torch.full((size,), float(world.rank))

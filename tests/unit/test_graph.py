@@ -47,8 +47,14 @@ def test_every_stage_comes_after_what_it_needs() -> None:
     [
         ({"student": DistillStage()}, "stages.student.needs.teacher is missing; name a stage that makes a model"),
         ({"student": DistillStage(needs={"teacher": "techer"})}, "needs.teacher=techer names no stage; there are"),
-        ({"student": DistillStage(needs={"teacher": "eval_teacher"})}, "an evaluate stage makes an evaluation.*takes model"),
-        ({"int8": QuantizeStage(needs={"model": "int8b"}), "int8b": QuantizeStage(needs={"model": "teacher"})}, "makes a quantized"),
+        (
+            {"student": DistillStage(needs={"teacher": "eval_teacher"})},
+            "an evaluate stage makes an evaluation.*takes model",
+        ),
+        (
+            {"int8": QuantizeStage(needs={"model": "int8b"}), "int8b": QuantizeStage(needs={"model": "teacher"})},
+            "makes a quantized",
+        ),
         ({"teacher": TrainStage(needs={"model": "student"})}, "a train stage has no input 'model'; it takes init"),
         ({"teacher": TrainStage(needs={"init": "student"})}, r"in a circle \(.*teacher.*student.*\)"),
         ({"teacher": TrainStage(needs={"init": "teacher"})}, r"in a circle \(teacher -> teacher\)"),
@@ -72,7 +78,14 @@ def test_switching_off_spreads_to_those_that_cannot_do_without() -> None:
 
 
 def print_of(stage: StageConfig, **given: Any) -> str:
-    settings: dict[str, Any] = {"inputs": {}, "data_digest": "d", "code": {}, "world_size": 1, "global_batch": 128, **given}
+    settings: dict[str, Any] = {
+        "inputs": {},
+        "data_digest": "d",
+        "code": {},
+        "world_size": 1,
+        "global_batch": 128,
+        **given,
+    }
     return fingerprint(Node("x", stage), **settings)
 
 
@@ -91,7 +104,13 @@ def test_what_does_not_change_the_result_is_not_in_the_fingerprint() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"seed": 1}, {"augment": False}, {"model": {"_target_": "m"}}, {"fit": FitConfig(epochs=3)}, {"strategy": {"compression": "fp16"}}],
+    [
+        {"seed": 1},
+        {"augment": False},
+        {"model": {"_target_": "m"}},
+        {"fit": FitConfig(epochs=3)},
+        {"strategy": {"compression": "fp16"}},
+    ],
 )
 def test_what_changes_the_result_is(change: dict[str, Any]) -> None:
     stage = TrainStage(seed=0, fit=FitConfig(), strategy={"compression": "none"})

@@ -15,7 +15,9 @@ from horovod_jobs.instantiate import accepted, bind, code_digests, instantiate, 
 @pytest.fixture
 def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "their_code.py"
-    path.write_text("import os\nclass Net:\n    def __init__(self, *, width, inner=None): self.width, self.inner = width, inner\n")
+    path.write_text(
+        "import os\nclass Net:\n    def __init__(self, *, width, inner=None): self.width, self.inner = width, inner\n"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "their_code", raising=False)
     return path
@@ -48,13 +50,18 @@ def test_a_users_module_needs_to_be_named(user_module: Path) -> None:
 
 def test_what_the_node_says_wins_over_what_is_injected(user_module: Path) -> None:
     assert instantiate({"_target_": "their_code.Net", "width": 3}, allow=["their_code"], width=9).width == 3
-    assert accepted({"_target_": "their_code.Net"}, {"width": 1, "num_classes": 2}, allow=["their_code"]) == {"width": 1}
+    assert accepted({"_target_": "their_code.Net"}, {"width": 1, "num_classes": 2}, allow=["their_code"]) == {
+        "width": 1
+    }
 
 
 @pytest.mark.parametrize(
     ("node", "message"),
     [
-        ({"_target_": "torch.nn.Linear", "in_features": 1, "out_features": 1, "fan": 2}, "model.fan=2.*has no argument 'fan'"),
+        (
+            {"_target_": "torch.nn.Linear", "in_features": 1, "out_features": 1, "fan": 2},
+            "model.fan=2.*has no argument 'fan'",
+        ),
         ({"_target_": "torch.nn.Linear", "in_features": 1}, "model.out_features is missing"),
         ({"_target_": "torch.nn.Linearr"}, "has no 'Linearr'"),
         ({"_target_": "torch.nnn.Linear"}, "is not allowed"),

@@ -17,7 +17,8 @@ from horovod_jobs.launch import Host, LaunchPlan, plan, run_world
 
 HOST = Host(python="/venv/bin/python", mpirun="/venv/bin/mpirun", horovodrun="/venv/bin/horovodrun", has_mpi4py=True,
             has_horovod=True, cores=8, is_root=False)  # fmt: skip
-ENVIRON = {"PATH": "/usr/bin", "HOME": "/home/me", "AWS_SECRET_ACCESS_KEY": "secret", "HOROVOD_CYCLE_TIME": "2", "OMPI_COMM_WORLD_RANK": "3",
+ENVIRON = {"PATH": "/usr/bin", "HOME": "/home/me", "AWS_SECRET_ACCESS_KEY": "secret", "HOROVOD_CYCLE_TIME": "2",
+           "OMPI_COMM_WORLD_RANK": "3",
            "HOROVOD_RANK": "3", "LC_ALL": "C", "MY_TOKEN": "x"}  # fmt: skip
 
 
@@ -51,7 +52,10 @@ def test_gloo_is_taken_where_mpi_is_not() -> None:
     for change in ({"mpirun": None}, {"has_mpi4py": False}):
         host = Host(**{**HOST.__dict__, **change})
         found = planned(LaunchConfig(kind="local", np=2), host)
-        assert (found.controller, found.argv) == ("gloo", ["/venv/bin/horovodrun", "--gloo", "-np", "2", "python", "job"])
+        assert (found.controller, found.argv) == (
+            "gloo",
+            ["/venv/bin/horovodrun", "--gloo", "-np", "2", "python", "job"],
+        )
         with pytest.raises(SetupError, match="launch.controller=mpi needs (mpirun|mpi4py), which is not installed"):
             planned(LaunchConfig(kind="local", np=2, controller="mpi"), host)
 

@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from horovod_jobs.errors import StorageError
-from horovod_jobs.storage import canonical_json, digest_of, publish_dir, storage_errors, update_link, write_json, write_text
+from horovod_jobs.storage import (
+    canonical_json,
+    digest_of,
+    publish_dir,
+    storage_errors,
+    update_link,
+    write_json,
+    write_text,
+)
 
 
 def test_a_failed_write_leaves_the_old_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,7 +52,10 @@ def test_canonical_json_does_not_depend_on_order() -> None:
 
 
 def test_storage_error_names_the_path_and_the_remedy(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match=r"cannot make it .*file/below.*choose another directory"), storage_errors("make it", tmp_path):
+    with (
+        pytest.raises(StorageError, match=r"cannot make it .*file/below.*choose another directory"),
+        storage_errors("make it", tmp_path),
+    ):
         (tmp_path / "file").write_text("")
         (tmp_path / "file" / "below").mkdir()
 

@@ -23,7 +23,7 @@ def test_numbers_are_uniform_and_independent_between_streams_and_epochs():
     first = uniform_integers(5, seed=1, epoch=2, indices=indices)
     share = torch.bincount(first, minlength=5) / len(first)
     assert share.sub(0.2).abs().max() < 0.01
-    for other in (dict(seed=1, epoch=3), dict(seed=2, epoch=2), dict(seed=1, epoch=2, stream=1)):
+    for other in ({"seed": 1, "epoch": 3}, {"seed": 2, "epoch": 2}, {"seed": 1, "epoch": 2, "stream": 1}):
         again = uniform_integers(5, indices=indices, **other)
         assert abs((first == again).double().mean().item() - 0.2) < 0.01
 

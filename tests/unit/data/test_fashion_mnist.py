@@ -128,7 +128,7 @@ def test_nowhere_names_every_way(published):
 
 
 def test_a_root_without_the_files_is_not_passed_over(published, tmp_path):
-    with pytest.raises(DataError, match="has no train-images-idx3-ubyte.gz"):
+    with pytest.raises(DataError, match=r"has no train-images-idx3-ubyte\.gz"):
         fashion_mnist(str(tmp_path))
 
 

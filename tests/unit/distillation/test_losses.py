@@ -9,7 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from horovod_jobs.data.base import Batch
-from horovod_jobs.distillation.losses import HardLabels, SoftTargets, SquaredLogProbability, soft_targets, squared_log_probability
+from horovod_jobs.distillation.losses import (
+    HardLabels,
+    SoftTargets,
+    SquaredLogProbability,
+    soft_targets,
+    squared_log_probability,
+)
 from horovod_jobs.distillation.objective import CachedTeacher, Distillation, Distiller, LiveTeacher
 from horovod_jobs.errors import ConfigError
 from horovod_jobs.tasks.classification import Classification
@@ -22,7 +28,16 @@ def softmax(row: np.ndarray) -> np.ndarray:
 
 logits = st.integers(1, 5).flatmap(
     lambda rows: st.integers(2, 7).flatmap(
-        lambda classes: st.tuples(*[st.lists(st.lists(st.floats(-8, 8, width=32), min_size=classes, max_size=classes), min_size=rows, max_size=rows)] * 2)
+        lambda classes: st.tuples(
+            *[
+                st.lists(
+                    st.lists(st.floats(-8, 8, width=32), min_size=classes, max_size=classes),
+                    min_size=rows,
+                    max_size=rows,
+                )
+            ]
+            * 2
+        )
     )
 )
 
@@ -66,10 +81,16 @@ def batch_of(samples: int) -> Batch:
 def make(cached: bool) -> Distillation:
     torch.manual_seed(0)
     student, teacher = torch.nn.Linear(6, 3), torch.nn.Sequential(torch.nn.Linear(6, 3), torch.nn.Dropout(0.9))
-    terms = {"soft": SoftTargets(weight=0.7), "squared": SquaredLogProbability(weight=0.2), "hard": HardLabels(weight=0.1)}
+    terms = {
+        "soft": SoftTargets(weight=0.7),
+        "squared": SquaredLogProbability(weight=0.2),
+        "hard": HardLabels(weight=0.1),
+    }
     live = LiveTeacher(teacher)
     source = CachedTeacher(live(batch_of(30))) if cached else live
-    return Distillation(student, source, distiller=Distiller(terms=terms, temperature=3.0), task=Classification(num_classes=3))
+    return Distillation(
+        student, source, distiller=Distiller(terms=terms, temperature=3.0), task=Classification(num_classes=3)
+    )
 
 
 def test_the_objective_is_the_weighted_sum_over_samples() -> None:

@@ -26,7 +26,7 @@ def test_summary_against_scikit_learn(scored):
     logits, targets = scored
     task = Classification(7, top_k=(3, 5))
     result = task.summary(task.evaluation_sums(logits, batch_of(targets)))
-    predicted, truth, shares = logits.argmax(1).numpy(), targets.numpy(), logits.softmax(1).double().numpy()
+    predicted, truth, shares = logits.argmax(1).numpy(), targets.numpy(), logits.double().softmax(1).numpy()
     assert result["accuracy"] == pytest.approx(metrics.accuracy_score(truth, predicted))
     assert result["loss"] == pytest.approx(metrics.log_loss(truth, shares, labels=range(7)), rel=1e-5)
     for k in (3, 5):

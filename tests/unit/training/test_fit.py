@@ -33,7 +33,9 @@ class StopAt(StopRequest):
         return self._code if self._left <= 0 else 0
 
 
-def run(directory: Path, *, stop: StopRequest | None = None, data: Any = None, **fit: Any) -> tuple[dict[str, Tensor], StageResult]:
+def run(
+    directory: Path, *, stop: StopRequest | None = None, data: Any = None, **fit: Any
+) -> tuple[dict[str, Tensor], StageResult]:
     ctx = context(directory, stop=stop, data=data)
     result = train.run(ctx, train_stage(model=WITH_DROPOUT, fit=fit_config(**fit)))
     return load_file(ctx.staging / "model.safetensors"), result
@@ -43,7 +45,8 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-@pytest.mark.parametrize("settings", [{}, {"ema_decay": 0.9}, {"publish": "best"}, {"accumulate": 2, "clip_norm": 0.5}, {"precision": "bf16"},
+@pytest.mark.parametrize("settings", [{}, {"ema_decay": 0.9}, {"publish": "best"}, {"accumulate": 2, "clip_norm": 0.5},
+                                      {"precision": "bf16"},
                                       {"precision": "fp16"}], ids=str)  # fmt: skip
 @pytest.mark.parametrize("cut", [1, 5, 7])
 def test_a_run_that_was_cut_ends_in_the_same_place(tmp_path: Path, settings: dict[str, Any], cut: int) -> None:
@@ -85,7 +88,10 @@ def test_ctrl_c_has_its_own_exit_code(tmp_path: Path) -> None:
 def test_a_non_finite_loss_names_step_and_samples(tmp_path: Path) -> None:
     data = blob_data()
     data.train._inputs[17] = float("nan")
-    with pytest.raises(NonFiniteError, match=r"step [0-4] \(epoch 1\) on rank 0, training samples .*lower optimizer.lr.*Nothing was published"):
+    with pytest.raises(
+        NonFiniteError,
+        match=r"step [0-4] \(epoch 1\) on rank 0, training samples .*lower optimizer.lr.*Nothing was published",
+    ):
         run(tmp_path, data=data)
     assert not list((tmp_path / "staging/stage").iterdir())
 
@@ -151,11 +157,16 @@ def test_linear_rate_scaling(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ({"_target_": "torch.nn.Linear", "in_features": 5, "out_features": 3}, r"does not fit inputs of shape \[1, 6, 6\]"),
+        (
+            {"_target_": "torch.nn.Linear", "in_features": 5, "out_features": 3},
+            r"does not fit inputs of shape \[1, 6, 6\]",
+        ),
         ({"_target_": "tests.unit.training.test_fit.RuinLater"}, "gives a RuinLater; name a torch.nn.Module"),
     ],
 )
-def test_a_model_that_does_not_fit_is_found_before_it_trains(tmp_path: Path, model: dict[str, Any], message: str) -> None:
+def test_a_model_that_does_not_fit_is_found_before_it_trains(
+    tmp_path: Path, model: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         train.run(context(tmp_path), train_stage(model=model))
 

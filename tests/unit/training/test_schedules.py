@@ -54,11 +54,17 @@ def test_warm_up_is_linear_from_its_start() -> None:
 
 @given(total=st.integers(1, 300), peak_at=st.floats(0.01, 0.99), warmup=st.floats(0, 3))
 def test_rates_stay_between_zero_and_one(total: int, peak_at: float, warmup: float) -> None:
-    for schedule in (OneCycle(peak_at=peak_at), Cosine(warmup_epochs=warmup), Step(milestones=[1], warmup_epochs=warmup)):
+    for schedule in (
+        OneCycle(peak_at=peak_at),
+        Cosine(warmup_epochs=warmup),
+        Step(milestones=[1], warmup_epochs=warmup),
+    ):
         assert all(0.0 <= rate <= 1.0 + 1e-12 and math.isfinite(rate) for rate in rates(schedule, total))
 
 
-@pytest.mark.parametrize(("cls", "arguments"), [(OneCycle, {"peak_at": 1.0}), (Cosine, {"warmup_epochs": -1}), (Step, {"warmup_start": 2})])
+@pytest.mark.parametrize(
+    ("cls", "arguments"), [(OneCycle, {"peak_at": 1.0}), (Cosine, {"warmup_epochs": -1}), (Step, {"warmup_start": 2})]
+)
 def test_bad_values_are_refused(cls: type, arguments: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=f"schedule.{next(iter(arguments))}="):
         cls(**arguments)

@@ -1,0 +1,101 @@
+"""A model on disk: the directory with config.json and its weights, found by path or by run and stage. No torch here."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from horovod_jobs.artifacts import INDEX, Artifact, open_artifact
+from horovod_jobs.errors import ArtifactError
+
+WEIGHTS = "model.safetensors"
+ONNX_FILE = "model.onnx"
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What config.json says of a model."""
+
+    format: str
+    model: dict[str, Any]
+    num_classes: int
+    input_shape: tuple[int, ...]
+    class_names: tuple[str, ...]
+    parameters: int
+    directory: Path
+
+    @property
+    def file(self) -> Path:
+        """The file with the weights."""
+        return self.directory / (WEIGHTS if self.format == "torch" else ONNX_FILE)
+
+
+def read_config(path: str | Path | Artifact, *, verify: bool = True) -> ModelConfig:
+    """The config of a model artifact, of an export bundle, or of the bundle that a model.onnx lies in.
+
+    Raises:
+        ArtifactError: there is no model, or it is damaged.
+    """
+    if isinstance(path, Artifact):
+        return _read_directory(path.path)
+    path = resolve(path)
+    if path.is_file():
+        config = _read_directory(path.parent, verify=verify)
+        form = "onnx" if path.suffix == ".onnx" else "torch"
+        return replace(config, format=form)
+    return _read_directory(path, verify=verify)
+
+
+def resolve(path: str | Path) -> Path:
+    """``runs/latest:student`` is the artifact of that run's stage; any other path is itself.
+
+    Raises:
+        ArtifactError: no such run or stage, or a stage that made nothing.
+    """
+    run, colon, stage = str(path).rpartition(":")
+    if not colon or Path(path).exists():
+        return Path(path)
+    manifest_path = Path(run) / "manifest.json"
+    try:
+        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+        stages = {entry["name"]: entry["artifact"] for entry in manifest["stages"]}
+        store = Path(run) / manifest["store"]
+    except FileNotFoundError as error:
+        raise ArtifactError(
+            f"no run at {run} (there is no manifest.json); give a run's directory before the colon"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(
+            f"{manifest_path} cannot be read ({error}); give the path of an artifact instead"
+        ) from error
+    if stages.get(stage) is None:
+        made = ", ".join(name for name, ref in stages.items() if ref) or "none"
+        raise ArtifactError(f"run {run} has no artifact of a stage {stage!r}; those with one: {made}")
+    return store / str(stages[stage])
+
+
+def _read_directory(directory: Path, *, verify: bool = False) -> ModelConfig:
+    if verify and (directory / INDEX).exists():
+        open_artifact(directory)  # Checks every digest; a bundle that was copied elsewhere has no index.
+    try:
+        raw = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        return ModelConfig(
+            format=str(raw["format"]),
+            model=dict(raw["model"]),
+            num_classes=int(raw["num_classes"]),
+            input_shape=tuple(int(size) for size in raw["input_shape"]),
+            class_names=tuple(str(name) for name in raw["class_names"]),
+            parameters=int(raw["parameters"]),
+            directory=directory,
+        )
+    except FileNotFoundError as error:
+        raise ArtifactError(
+            f"no model at {directory} (there is no {CONFIG}); give a model, quantized or export artifact, or RUN:STAGE"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(
+            f"{directory / CONFIG} cannot be read ({error!r}); run its job again to make it anew"
+        ) from error

@@ -1,0 +1,131 @@
+"""``report.html``: one self-contained file, without scripts and without the network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from horovod_jobs import formats
+from horovod_jobs.report import drawing, plots, words
+from horovod_jobs.report.collect import ReportData, StageView
+from horovod_jobs.report.table import Table, main_table, methods_note
+
+STATUS_WORDS = {"done": "done", "failed": "failed", "interrupted": "interrupted", "running": "not finished"}
+
+
+def render_html(data: ReportData) -> str:
+    """The whole page. The same run gives the same text."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=PackageLoader("horovod_jobs.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    figures = {name: Markup(svg) for name, svg in _figures(data).items()}  # Ours, and escaped where they are drawn.
+    return environment.get_template("report.html.j2").render(**_context(data), figures=figures)
+
+
+def _figures(data: ReportData) -> dict[str, str]:
+    final, reference = data.final, data.reference
+    return {
+        "graph": drawing.draw_graph([_box(stage, data) for stage in data.stages]),
+        "curves": plots.learning_curves(data.curves) if data.curves else "",
+        "classes": plots.per_class_change(reference, final) if final and reference else "",
+        "trade_offs": plots.trade_offs(data.models),
+        "confusion": plots.confusion(final) if final else "",
+        "footprint": _footprint_figure(data),
+    }
+
+
+def _box(stage: StageView, data: ReportData) -> drawing.Box:
+    entry, status = stage.entry, words.stage_status(stage, data)
+    note = f"{entry['kind']} · {status}" if entry["kind"] != entry["name"] else status
+    if entry["seconds"] is not None:
+        note += f" · {formats.duration(entry['seconds'])}"
+    return drawing.Box(entry["name"], note, status, list(entry["needs"].values()))
+
+
+def _costly(data: ReportData) -> list[StageView]:
+    return [stage for stage in data.stages if stage.entry["seconds"] is not None]
+
+
+def _footprint_figure(data: ReportData) -> str:
+    entries = [stage.entry for stage in _costly(data)]
+    energy, energy_factor = formats.energy_unit(e["energy_kwh"] for e in entries)
+    mass, mass_factor = formats.mass_unit(e["co2_kg"] for e in entries)
+    money, money_factor = formats.money_unit(e["cost_usd"] for e in entries)
+
+    def column(key: str, factor: float) -> list[float | None]:
+        values: list[Any] = [entry[key] for entry in entries]  # type: ignore[literal-required]
+        return [None if value is None else value * factor for value in values]
+
+    return plots.footprint_bars(
+        [entry["name"] for entry in entries],
+        [
+            ("Time, s", column("seconds", 1.0)),
+            (f"Energy, {energy}", column("energy_kwh", energy_factor)),
+            (f"CO2e, {mass}", column("co2_kg", mass_factor)),
+            (f"Cost, {money}", column("cost_usd", money_factor)),
+        ],
+    )
+
+
+def _context(data: ReportData) -> dict[str, Any]:
+    manifest = data.manifest
+    return {
+        "data": data,
+        "manifest": manifest,
+        "status": STATUS_WORDS[data.status],
+        "sentences": words.summary_sentences(data),
+        "table": main_table(data) if data.models else None,
+        "notes": [n for n in (words.interval_note(data.models), methods_note(data), _latency_note(data)) if n],
+        "bytes_note": words.bytes_note(data),
+        "footprint_note": words.footprint_note(data),
+        "stage_table": _stage_table(data),
+        "problems": [stage.problem for stage in data.stages if stage.problem],
+        "command": words.command_line(data),
+        "versions": {name: version or "not installed" for name, version in manifest["versions"].items()},
+    }
+
+
+def _latency_note(data: ReportData) -> str:
+    if not any(row.latency_ms for row in data.models):
+        return ""
+    config = next(
+        (s.meta.get("config") for s in data.stages if s.entry["kind"] == "evaluate" and s.meta.get("config")), None
+    )
+    hardware = next((row.hardware for row in data.models if row.hardware), None)
+    text = "Latency is the time of one call of the model, p50 the median and p95 the 95th percentile"
+    if config and config.get("latency_runs"):
+        threads = config.get("latency_threads")
+        with_threads = "one thread" if threads == 1 else f"{threads} threads"
+        text += f" of {config['latency_runs']} calls after warm-up, with {with_threads}"
+    return text + (f", on {hardware}." if hardware else ".")
+
+
+def _stage_table(data: ReportData) -> Table:
+    """Every stage with its status and cost, a unit a column."""
+    entries = [stage.entry for stage in data.stages]
+    energy, energy_factor = formats.energy_unit(e["energy_kwh"] for e in entries)
+    mass, mass_factor = formats.mass_unit(e["co2_kg"] for e in entries)
+    rows = []
+    for stage, entry in zip(data.stages, entries, strict=True):
+        status = words.stage_status(stage, data)
+        why = f": {entry['reason']}" if entry["reason"] and status in ("failed", "skipped") else ""
+        rows.append(
+            [
+                entry["name"],
+                entry["kind"],
+                status + why,
+                formats.duration(entry["seconds"]),
+                formats.scaled(entry["energy_kwh"], energy_factor),
+                formats.scaled(entry["co2_kg"], mass_factor),
+                formats.scaled(entry["cost_usd"], 1.0),
+                entry["artifact"] or formats.DASH,
+            ]
+        )
+    columns = ["Stage", "Kind", "Status", "Time", f"Energy, {energy}", f"CO2e, {mass}", "Cost, USD", "Artifact"]
+    return Table(columns, rows, [False, False, False, True, True, True, True, False])

@@ -1,0 +1,106 @@
+"""``evaluate``: quality, latency, size and memory of any model artifact, by the same code for every format."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from horovod_jobs.bundle import ModelConfig
+from horovod_jobs.config import EvaluateStage
+from horovod_jobs.errors import ConfigError
+from horovod_jobs.evaluation import evaluate
+from horovod_jobs.latency import measure
+from horovod_jobs.predict import Predictor, load_artifact
+from horovod_jobs.stages.base import StageContext, StageResult
+from horovod_jobs.storage import write_json
+
+if TYPE_CHECKING:
+    from horovod_jobs.data.base import Split
+
+
+def run(ctx: StageContext, cfg: EvaluateStage) -> StageResult:
+    """Collective. Measure ``needs.model``; the artifact is an ``evaluation`` (evaluation.json)."""
+    artifact = ctx.inputs["model"]
+    with ctx.world.agreed("evaluate.load"):
+        if cfg.batch < 1:
+            raise ConfigError(f"stages.{ctx.name}.batch={cfg.batch} is not a positive number; use at least 1")
+        split = choose_split(ctx, cfg.split)
+        predictor = load_artifact(artifact, allow_targets=ctx.allow_targets)
+        check_classes(ctx, predictor)
+    sums = evaluate(predictor, split, ctx.task, world=ctx.world, batch=cfg.batch, name=f"{ctx.name}.{cfg.split}")
+    figures = ctx.task.summary(sums)
+
+    def measured() -> dict[str, Any]:
+        import torch
+
+        first = split.fetch(torch.arange(min(len(split), max(cfg.latency_batches, default=1)))).inputs
+        return measure(
+            artifact.path,
+            samples=first.numpy(),
+            batches=cfg.latency_batches,
+            runs=cfg.latency_runs,
+            threads=cfg.latency_threads,
+            allow_targets=ctx.allow_targets,
+        )
+
+    # The other ranks wait in a broadcast, where Horovod sleeps between its cycles: the cores are rank 0's.
+    latency = ctx.world.main(measured, name="evaluate.latency")
+    metrics = {key: float(value) for key, value in figures.items() if isinstance(value, float)}
+    metrics["peak_memory_bytes"] = float(latency["peak_memory_bytes"])
+    details = {
+        **{key: value for key, value in figures.items() if key not in metrics},
+        "class_names": list(ctx.data.class_names),
+        "split": cfg.split,
+        "model": artifact.ref,
+        "format": predictor.format,
+        "latency": latency,
+    }
+    result = StageResult(
+        metrics=metrics,
+        details=details,
+        parameters=predictor.parameters,
+        model_bytes=artifact.bytes,
+        latency_ms=latency["latency_ms"],
+    )
+    ctx.world.main(lambda: write_json(ctx.staging / "evaluation.json", vars_of(result)), name="evaluate.write")
+    return result
+
+
+def vars_of(result: StageResult) -> dict[str, Any]:
+    """What evaluation.json holds."""
+    return {
+        "metrics": result.metrics,
+        "details": result.details,
+        "parameters": result.parameters,
+        "model_bytes": result.model_bytes,
+        "latency_ms": result.latency_ms,
+    }
+
+
+def choose_split(ctx: StageContext, name: str) -> Split:
+    """The data set's split of that name.
+
+    Raises:
+        ConfigError: the data set has no such split.
+    """
+    splits = {"train": ctx.data.train, "validation": ctx.data.validation, "test": ctx.data.test}
+    there = [key for key, split in splits.items() if split is not None]
+    split = splits.get(name)
+    if split is None:
+        raise ConfigError(f"stages.{ctx.name}.split={name} is not in the data set; use one of {', '.join(there)}")
+    return split
+
+
+def check_classes(ctx: StageContext, predictor: Predictor | ModelConfig) -> None:
+    """A model and a data set that belong together.
+
+    Raises:
+        ConfigError: another number of classes, or inputs of another shape.
+    """
+    given = (predictor.num_classes, tuple(predictor.input_shape))
+    wanted = (ctx.data.num_classes, tuple(ctx.data.input_shape))
+    if given != wanted:
+        raise ConfigError(
+            f"stages.{ctx.name}: the model has {given[0]} classes and inputs {list(given[1])}, the data set "
+            f"{wanted[0]} classes "
+            f"and inputs {list(wanted[1])}; choose the data set that the model was trained on"
+        )

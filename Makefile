@@ -32,9 +32,9 @@ check: install ## ruff, mypy and the tests
 	@$(MAKE) --no-print-directory test
 
 bench: install ## every figure that the README quotes; takes long, wants a quiet machine
-	@set -e; for script in benchmarks/*.py; do \
-	  case $$script in */_*) continue ;; esac; \
-	  echo "== $$script"; $(BIN)/python $$script; \
+	@set -e; for script in benchmarks/[a-z]*.py; do \
+	  name=$$(basename $$script .py); [ $$name = common ] && continue; \
+	  echo "== $$name"; $(BIN)/python -m benchmarks.$$name; \
 	done
 
 clean: ## remove what tools leave behind; the environment, runs and artifacts stay

@@ -15,6 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from horovod_jobs import launch
 from horovod_jobs.comm.connect import connect, launched_by, rank_hint
@@ -25,6 +26,7 @@ from horovod_jobs.interrupt import StopRequest
 from horovod_jobs.job import Job, one_line, register_schema, resolve
 
 _GOODBYE_S = 10.0
+_composed = False  # Before a config is composed, only Hydra has run: its errors are about what the person typed.
 _world: World | None = None  # One world a process: the jobs of a multirun share it.
 
 
@@ -53,13 +55,17 @@ def main() -> None:
         _fail(None, code=130)
     except SystemExit:
         raise
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, ValueError | YAMLError) and not _composed:
+            _fail(ConfigError(_hydra_message(error)))
         traceback.print_exc()
         _fail(None, code=1, alone=True)
     _leave()
 
 
 def _task(cfg: DictConfig) -> None:
+    global _composed
+    _composed = True
     try:
         _job(cfg)
     except JobError as error:

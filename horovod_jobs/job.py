@@ -50,7 +50,9 @@ def resolve(cfg: DictConfig) -> Job:
     except OmegaConfBaseException as error:
         raise ConfigError(one_line(error)) from error
     resolved = typing.cast(dict[str, Any], plain)
-    stages = {name: _dataclass(STAGES[node["kind"]], node) for name, node in resolved["stages"].items()}
+    stages = {
+        name: _dataclass(STAGES[node["kind"]], node, where=f"stages.{name}.") for name, node in resolved["stages"].items()
+    }
     config = _dataclass(JobConfig, {**resolved, "stages": {}})
     job = Job(config=config, stages=stages, resolved=resolved)
     _check(job)
@@ -90,16 +92,18 @@ def one_line(error: Exception) -> str:
     return f"{key}: {text}; check the key and its value" if key else f"{text}; check the key and its value"
 
 
-def _dataclass(cls: type, values: dict[str, Any]) -> Any:
+def _dataclass(cls: type, values: dict[str, Any], *, where: str = "") -> Any:
     nested = {"fit": FitConfig, "launch": LaunchConfig, "run": RunConfig}
+    known = [entry.name for entry in fields(cls)]
     arguments = {}
-    for entry in fields(cls):
-        if entry.name not in values:
-            continue
-        value = values[entry.name]
-        arguments[entry.name] = (
-            _dataclass(nested[entry.name], value) if entry.name in nested and not is_dataclass(value) else value
-        )
+    for key, value in values.items():
+        if key not in known:  # A command line's + puts in what the schema does not have.
+            raise ConfigError(
+                f"{where}{key}={value} is not a key{_meant(str(key), known)}; {where.rstrip('.') or 'the job'} has {', '.join(known)}"
+            )
+        if key in nested and not is_dataclass(value):
+            value = _dataclass(nested[key], value, where=f"{where}{key}.")
+        arguments[key] = value
     return cls(**arguments)
 
 

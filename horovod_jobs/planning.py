@@ -113,6 +113,9 @@ def _check_stage(node: Node, prepared: Prepared, world: World) -> None:
     if isinstance(stage, EvaluateStage):
         if stage.split not in ("test", "validation", "train"):
             raise ConfigError(f"{where}.split={stage.split} is not a split; use test, validation or train")
+        for key, value in (("batch", stage.batch), *(("latency_batches", batch) for batch in stage.latency_batches)):
+            if value < 1:
+                raise ConfigError(f"{where}.{key} has {value}, which is not a batch; use 1 or more")
         if getattr(prepared.data, stage.split) is None:
             raise DataError(f"{where}.split={stage.split}: the data set has no such split; use test or train")
     prepared.task_of(node)
@@ -122,7 +125,13 @@ def _check_train(stage: TrainStage, prepared: Prepared, world: World, where: str
     from horovod_jobs.data.sharding import check_divides
 
     allow, data, fit = prepared.job.config.allow_targets, prepared.data, stage.fit
-    check_divides(effective_global_batch(fit, world_size=world.size), size=world.size, accumulate=fit.accumulate)
+    global_batch = effective_global_batch(fit, world_size=world.size)
+    check_divides(global_batch, size=world.size, accumulate=fit.accumulate)
+    if fit.drop_last and global_batch > len(data.train):
+        raise ConfigError(
+            f"{where}.fit.drop_last=true leaves no batch of global_batch={global_batch} in {len(data.train)} training samples; "
+            f"use drop_last=false, or a global_batch of at most {len(data.train)}"
+        )
     for part in ("model", "optimizer", "schedule", "strategy"):
         if not is_node(getattr(stage, part)):
             raise ConfigError(f"{where}.{part}={getattr(stage, part)} names nothing to build; choose one ({part}=...)")

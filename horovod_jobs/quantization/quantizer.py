@@ -146,7 +146,7 @@ class DynamicInt8:
             "backend": self._backend.name,
             "activations": "uint8 asymmetric, ranges at run time",
             "weights": f"int{7 if self._scheme.reduce_range else 8} per "
-            "{'channel' if self._scheme.per_channel else 'tensor'}",
+            f"{'channel' if self._scheme.per_channel else 'tensor'}",
             "layers": {"linear": len(linear)},
             "linear_share_of_parameters": share,
             "note": f"Only linear layers are quantized; convolutions stay float32.{note}",

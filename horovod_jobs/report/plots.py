@@ -44,11 +44,10 @@ STYLE: dict[str, Any] = {
 
 
 def _svg(name: str, alt: str, size: tuple[float, float], draw: Callable[[Figure], None]) -> str:
-    """Draw on a figure of ``size`` (inches) and give its SVG: same input, same text; ids unique within a page."""
+    """Draw on a figure of ``size`` (inches), in our style only: same input, same text; ids unique within a page."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    # Our own style over the defaults, whatever matplotlibrc the person has.
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         settings: Any = matplotlib.rcParams
@@ -236,10 +235,7 @@ def _plain_log_ticks(axis: Axes) -> None:
 
 
 def _tick(value: float) -> str:
-    for unit, factor in (("M", 1e6), ("k", 1e3)):
-        if value >= factor:
-            return f"{value / factor:g}{unit}"
-    return f"{value:g}"
+    return f"{value / 1e6:g}M" if value >= 1e6 else f"{value / 1e3:g}k" if value >= 1e3 else f"{value:g}"
 
 
 def confusion(row: ModelRow) -> str:
@@ -252,21 +248,22 @@ def confusion(row: ModelRow) -> str:
 
     def draw(figure: Figure) -> None:
         axis = figure.subplots()
-        axis.imshow(shares, cmap="Greys", vmin=0, vmax=125, aspect="auto")
+        axis.pcolormesh(shares, cmap="Greys", vmin=0, vmax=110, edgecolors="white", linewidth=0.5)
+        axis.invert_yaxis()
         axis.grid(visible=False)
         for y, line in enumerate(shares):
             for x, share in enumerate(line):
                 if share >= 0.5:
                     axis.text(
-                        x,
-                        y,
+                        x + 0.5,
+                        y + 0.5,
                         f"{share:.0f}",
                         ha="center",
                         va="center",
                         fontsize=7 if many else 10,
                         color="white" if share > 55 else "black",
                     )
-        ticks = list(range(len(names)))
+        ticks = [i + 0.5 for i in range(len(names))]
         axis.set_xticks(ticks, [_short(n) for n in names], rotation=40, ha="right", rotation_mode="anchor")
         axis.set_yticks(ticks, [_short(n) for n in names])
         axis.set(xlabel="Predicted class", ylabel="True class")

@@ -116,6 +116,11 @@ class AllreduceUpdater:
     def param_groups(self) -> list[dict[str, Any]]:
         return self._optimizer.param_groups
 
+    @property
+    def tuning(self) -> bool:
+        """Whether candidates are still being tried."""
+        return self._probe is not None
+
     def zero_grad(self) -> None:
         self._exchange.zero_grad()
 

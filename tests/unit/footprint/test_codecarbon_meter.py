@@ -77,10 +77,12 @@ def test_it_meters_stages_quietly(meter, tmp_path, capfd, caplog):
 
 def test_the_job_gets_its_share(meter):
     meter.start()
-    burn(0.3)
+    end = time.process_time() + 0.3
+    while time.process_time() < end:
+        pass
     local = meter.stop()
     job = across_hosts(local, One())
-    assert 0.25 < local.details["rank_cpu_s"] < 0.6
+    assert 0.28 < local.details["rank_cpu_s"] < 1.0
     assert 0 < job.details["job_share"] <= 1
     assert job.energy_kwh == pytest.approx(local.energy_kwh * job.details["job_share"], rel=1e-6)
 

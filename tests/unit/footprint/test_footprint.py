@@ -144,7 +144,9 @@ def test_json_round_trip():
     assert Footprint.from_json(NullMeterFootprint.to_json()) == NullMeterFootprint
 
 
-@pytest.mark.parametrize("value", [{}, {"seconds": -1}, {"seconds": True}, {"seconds": 1, "energy_kwh": math.nan}, {"seconds": "1"}])
+@pytest.mark.parametrize(
+    "value", [{}, {"seconds": -1}, {"seconds": True}, {"seconds": 1, "energy_kwh": math.nan}, {"seconds": "1"}]
+)
 def test_json_that_is_damaged(value):
     with pytest.raises(ConfigError, match="is not a number >= 0"):
         Footprint.from_json(value)
@@ -226,7 +228,13 @@ def test_replay_integrates_the_trace_over_stages():
 
 @pytest.mark.parametrize(
     ("trace", "message"),
-    [([], "second 0"), ([[1, 5]], "second 0"), ([[0, 5], [0, 6]], "increase"), ([[0, -5]], "negative"), ([[0, 1, 2]], "pair")],
+    [
+        ([], "second 0"),
+        ([[1, 5]], "second 0"),
+        ([[0, 5], [0, 6]], "increase"),
+        ([[0, -5]], "negative"),
+        ([[0, 1, 2]], "pair"),
+    ],
 )
 def test_replay_refuses(trace, message):
     with pytest.raises(ConfigError, match=message):

@@ -47,7 +47,9 @@ def test_a_transformers_linear_layers_run_on_integers(tmp_path: Path) -> None:
 
 
 def test_convolutions_are_untouched_and_that_is_said(tmp_path: Path) -> None:
-    details = quantize(StridedCnn(num_classes=4, input_shape=SHAPE, widths=[8, 16], strides=[1, 2]), tmp_path / "m.onnx")
+    details = quantize(
+        StridedCnn(num_classes=4, input_shape=SHAPE, widths=[8, 16], strides=[1, 2]), tmp_path / "m.onnx"
+    )
     assert details["kernels"]["float"]["convolutions"] == 2
     assert "convolutions stay float32" in details["note"]
     assert "quantizer=int8_static" in details["note"]

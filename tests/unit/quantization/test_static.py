@@ -40,11 +40,15 @@ def trained(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def quantize(model: nn.Module, path: Path, *, samples: Tensor | None = None, **settings: Any) -> tuple[onnx.ModelProto, dict[str, Any]]:
+def quantize(
+    model: nn.Module, path: Path, *, samples: Tensor | None = None, **settings: Any
+) -> tuple[onnx.ModelProto, dict[str, Any]]:
     samples = inputs(128, seed=1) if samples is None else samples
     split = TensorSplit(samples, torch.zeros(len(samples)))
     calibration = Calibration(split, list(torch.arange(len(samples)).split(32)))
-    details = StaticInt8(**settings).quantize(model, input_shape=SHAPE, calibration=calibration, world=SingleWorld(), path=path)
+    details = StaticInt8(**settings).quantize(
+        model, input_shape=SHAPE, calibration=calibration, world=SingleWorld(), path=path
+    )
     return onnx.load(path), details
 
 
@@ -77,7 +81,9 @@ def test_symmetric_activations_have_zero_point_zero(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("per_channel", "shapes"), [(True, {(8,), (16,), (4,)}), (False, {()})])
-def test_weights_have_one_scale_a_channel_or_one_in_all(tmp_path: Path, per_channel: bool, shapes: set[tuple[int, ...]]) -> None:
+def test_weights_have_one_scale_a_channel_or_one_in_all(
+    tmp_path: Path, per_channel: bool, shapes: set[tuple[int, ...]]
+) -> None:
     model, _ = quantize(cnn(), tmp_path / "m.onnx", per_channel=per_channel)
     constants = {entry.name: numpy_helper.to_array(entry) for entry in model.graph.initializer}
     weights = [

@@ -1,0 +1,1 @@
+"""Measurements that the README quotes. Each module is a script: ``python -m benchmarks.NAME [--quick] [--json PATH]``."""

@@ -1,0 +1,88 @@
+"""Data sets and models that the integration tests' jobs name by ``_target_``: small, and some of them wrong on purpose."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from horovod_jobs.data.base import Batch, DataModule, TensorSplit
+
+
+def pictures(
+    *,
+    samples: int = 240,
+    classes: int = 4,
+    side: int = 6,
+    augment: Any = None,
+    not_finite: int | None = None,
+    labels_up_to: int | None = None,
+    record_environment_in: str | None = None,
+    wait_at_sample: tuple[int, str] | None = None,
+) -> DataModule:
+    """Noisy pictures of one blob a class, [1, side, side]; the other arguments make it wrong, or tell what a rank can see."""
+    if record_environment_in is not None:
+        (Path(record_environment_in) / f"{os.getpid()}.txt").write_text("\n".join(sorted(os.environ)), encoding="utf-8")
+    splits = [_split(samples=count, classes=labels_up_to or classes, side=side, seed=seed) for count, seed in ((samples, 1), (40, 2), (48, 3))]
+    if not_finite is not None:
+        inputs, targets = splits[0]
+        inputs[not_finite] = torch.nan
+        splits[0] = (inputs, targets)
+    train, validation, test = (TensorSplit(*split) for split in splits)
+    return DataModule(
+        train=train if wait_at_sample is None else WaitsForEver(train, sample=wait_at_sample[0], told=Path(wait_at_sample[1])),
+        validation=validation,
+        test=test,
+        num_classes=classes,
+        class_names=tuple(f"class {number}" for number in range(classes)),
+        input_shape=(1, side, side),
+        digest=f"{samples:08x}{classes:08x}{side:08x}".rjust(64, "0"),
+        augment=augment,
+    )
+
+
+def _split(*, samples: int, classes: int, side: int, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.randint(classes, (samples,), generator=generator)
+    centres = torch.randn(classes, 1, side, side, generator=torch.Generator().manual_seed(99))
+    return centres[targets] + torch.randn(samples, 1, side, side, generator=generator), targets
+
+
+class WaitsForEver:
+    """A split that hangs on one sample, after it has told so by making a file."""
+
+    def __init__(self, split: TensorSplit, *, sample: int, told: Path) -> None:
+        self._split, self._sample, self._told = split, sample, told
+
+    def __len__(self) -> int:
+        return len(self._split)
+
+    def fetch(self, indices: Tensor) -> Batch:
+        if self._sample in indices.tolist():
+            self._told.touch()
+            threading.Event().wait()
+        return self._split.fetch(indices)
+
+
+class NoTest:
+    """A data set whose author forgot the test split."""
+
+    def __init__(self) -> None:
+        self.train = [(torch.zeros(1, 6, 6), 0), (torch.ones(1, 6, 6), 1)]
+
+
+def not_a_model(*, num_classes: int) -> list[int]:
+    """A ``_target_`` that builds something else."""
+    return [num_classes]
+
+
+class Refuses(nn.Module):
+    """A model that refuses its arguments by an exception of its own choice."""
+
+    def __init__(self, *, width: int) -> None:
+        super().__init__()
+        raise ValueError(f"width {width} is odd")

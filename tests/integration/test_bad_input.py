@@ -1,0 +1,372 @@
+"""What a person gets wrong: one line with the value and the remedy, the exit code of its class, no traceback, no rank that hangs."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from horovod_jobs.artifacts import ArtifactStore
+from tests.integration.support import (
+    TINY,
+    WORLD,
+    Done,
+    Forks,
+    events,
+    left_behind,
+    run,
+    run_directories,
+    stage,
+    valid_manifest,
+    weights,
+)
+
+LIMIT_S = 60.0  # On a busy machine; a quiet one takes a second or two.
+SHIFT = "data.augment={_target_: horovod_jobs.data.augment.ShiftFlipCrop, shift: 1}"
+EVALUATE = "+stages.e={kind: evaluate, needs: {model: model}%s}"
+QUANTIZE = "+stages.q={kind: quantize, needs: {model: model}, calibration_samples: %s}"
+OWN_MODEL = ("model=mlp", "~model.hidden", "~model.dropout")
+
+# fmt: off
+TABLE: dict[str, tuple[tuple[str, ...], int, str]] = {
+    # what is wrong: overrides, exit code, what the line says
+    "unknown key": (("fot.epochs=1",), 2, r"fot\.epochs.*'fot' not in 'JobConfig'"),
+    "unknown key with a plus": (("+epochs=1",), 2, r"epochs=1 is not a key; the job has name, seed"),
+    "unknown key of a section": (("+fit.epoch=3",), 2, r"fit\.epoch=3 is not a key \(did you mean epochs\?\); fit has epochs"),
+    "unknown key of a stage": (("+stages.model.epochs=3",), 2, r"stages\.model\.epochs is not a key of a train stage.*it has .*fit"),
+    "unknown key of a stage's fit": (("+stages.model.fit.epoch=3",), 2, r"stages\.model\.fit\.epoch=3 is not a key \(did you mean epochs"),
+    "unknown group": (("modle=mlp",), 2, r"modle"),
+    "unknown option": (("model=mpl",), 2, r"'model/mpl' Available options in 'model': .*mlp.*resnet20"),
+    "unknown option of launch": (("launch=cloud",), 2, r"'launch/cloud' Available options in 'launch': local none"),
+    "null for a group that is needed": (("data=null",), 2, r"group override must be a string"),
+    "not an override": (("fit.epochs",), 2, r"'fit\.epochs' missing EQUAL"),
+    "no such config directory": (("--config-dir=/nowhere",), 2, r"'/nowhere' not found"),
+    "wrong type, a word": (("fit.epochs=many",), 2, r"fit\.epochs.*'many'.*Integer"),
+    "wrong type, a list": (("allow_targets=tests",), 2, r"allow_targets"),
+    "wrong type in a stage": (("stages.model.enabled=maybe",), 2, r"stages\.model\.enabled.*'maybe'.*bool"),
+    "no value": (("fit.global_batch=null",), 2, r"fit\.global_batch.*not Optional"),
+    "interpolation that leads nowhere": (("fit.epochs=${nothing.here}",), 2, r"fit\.epochs.*'nothing\.here' not found"),
+    "too few epochs": (("fit.epochs=0",), 2, r"fit\.epochs=0 is too small; use 1 or more"),
+    "unknown precision": (("fit.precision=fp8",), 2, r"fit\.precision=fp8 is not known; use one of fp32, bf16, fp16"),
+    "unknown device": (("fit.device=tpu",), 2, r"fit\.device=tpu is not known; use auto, cpu or cuda"),
+    "unknown choice of weights": (("fit.publish=worst",), 2, r"fit\.publish=worst is not known; use last or best"),
+    "decay out of range": (("fit.ema_decay=2",), 2, r"fit\.ema_decay=2\.0 is not between 0 and 1; use 0\.999"),
+    "clipping at nothing": (("fit.clip_norm=0",), 2, r"fit\.clip_norm=0\.0 is not positive"),
+    "batch not divisible": (("fit.accumulate=7",), 2, r"global_batch=24 does not divide by .* 7 accumulation steps.*use 21 or 28"),
+    "batch larger than the data": (("fit.global_batch=1000", "fit.drop_last=true"), 2, r"drop_last=true leaves no batch of global_batch=1000 in 240"),
+    "no ranks": (("launch.np=0",), 2, r"launch\.np=0 is not a number of ranks; use 1 or more"),
+    "unknown launcher": (("launch.kind=rsh",), 2, r"launch\.kind=rsh is not known; use none or local"),
+    "unknown controller": (("launch.controller=nccl",), 2, r"launch\.controller=nccl is not known; use auto, mpi or gloo"),
+    "variable that is not set": (("launch=local", "launch.env=[NO_SUCH_VARIABLE]"), 2, r"NO_SUCH_VARIABLE, which is not set here"),
+    "run id with a slash": (("run.id=a/b",), 2, r"run\.id=a/b is not a directory name"),
+    "run id that is the link": (("run.id=latest",), 2, r"run\.id=latest is not a directory name"),
+    "unknown log level": (("run.log_level=loud",), 2, r"run\.log_level=loud is not known; use debug"),
+    # the graph
+    "no stages": (("~stages.model",), 2, r"stages is empty; choose a graph"),
+    "unknown stage kind": (("+stages.x={kind: distil}",), 2, r"kind=distil is not a stage kind \(did you mean distill\?\); use one of train"),
+    "not a stage": (("++stages.model=5",), 2, r"stages\.model"),
+    "cycle": (("+stages.a={kind: train, needs: {init: b}}", "+stages.b={kind: train, needs: {init: a}}"), 2, r"in a circle \(a -> b -> a\)"),
+    "need of itself": (("+stages.model.needs={init: model}",), 2, r"in a circle \(model -> model\)"),
+    "missing need": (("+stages.e={kind: evaluate}",), 2, r"stages\.e\.needs\.model is missing; name a stage"),
+    "need that is no stage": (("+stages.e={kind: evaluate, needs: {model: nobody}}",), 2, r"needs\.model=nobody names no stage; there are model, e"),
+    "role that does not exist": (("+stages.model.needs={teacher: model}",), 2, r"train stage has no input 'teacher'; it takes init"),
+    "wrong kind of input": ((EVALUATE % "", "+stages.f={kind: evaluate, needs: {model: e}}"), 2, r"stages\.f\.needs\.model=e: an evaluate stage makes an evaluation"),
+    "unknown split": ((EVALUATE % ", split: train2",), 2, r"stages\.e\.split=train2 is not a split; use test, validation or train"),
+    "empty evaluation batch": ((EVALUATE % ", batch: 0",), 2, r"stages\.e\.batch has 0, which is not a batch; use 1 or more"),
+    "empty latency batch": ((EVALUATE % ", latency_batches: [0]",), 2, r"stages\.e\.latency_batches has 0, which is not a batch"),
+    "calibration set empty": ((QUANTIZE % 0,), 2, r"calibration_samples=0 does not fit the training split of 240 samples; use 1 to 240"),
+    "calibration set too large": ((QUANTIZE % 241,), 2, r"calibration_samples=241 does not fit .*use 1 to 240"),
+    # parts
+    "target not allowed": (("model._target_=os.system",), 2, r"os\.system is not allowed .*allow_targets=\[os\]"),
+    "target behind an allowed name": (("model._target_=horovod_jobs.storage.os.system",), 2, r"system is not allowed"),
+    "target that is not there": (("model._target_=tests.nothing.Model",), 2, r"tests\.nothing\.Model: tests has no 'nothing'"),
+    "target that is no model": ((*OWN_MODEL, "model._target_=tests.integration.parts.not_a_model"), 2, r"gives a list; name a torch\.nn\.Module"),
+    "model refuses its argument": ((*OWN_MODEL, "model._target_=tests.integration.parts.Refuses", "+model.width=3"), 2, r"refused its arguments \(width 3 is odd\)"),
+    "model argument unknown": (("+model.depth=3",), 2, r"stages\.model\.model\.depth=3: tests\.support\.SmallNet has no argument 'depth'; it takes dropout"),
+    "model does not fit the pictures": (("data.side=8",), 2, r"does not fit inputs of shape \[1, 8, 8\]"),
+    "optimizer refuses its argument": (("optimizer.lr=-1",), 2, r"SGD refused its arguments \(Invalid learning rate: -1\)"),
+    "schedule out of range": (("schedule.peak_at=2",), 2, r"schedule\.peak_at=2 is not between 0 and 1"),
+    "unknown compression": (("strategy.compression=int3",), 2, r"compression=int3 is not known; use none or fp16"),
+    "label smoothing out of range": (("task.label_smoothing=2",), 2, r"label_smoothing=2 is out of range"),
+    "temperature below zero": (("graph=pair", "distiller.temperature=-1"), 2, r"temperature=-1 is not positive"),
+    "no distillation term": (("graph=pair", "distiller.terms.soft.weight=0", "distiller.terms.hard.weight=0"), 2, r"has no term with a weight"),
+    "teacher cache with augmentation": (("graph=pair", "distiller.cache=true", "stages.student.augment=true", SHIFT), 2, r"distiller\.cache=true keeps .*set stages\.student\.augment=false, or distiller\.cache=false"),
+    # data
+    "data of another signature": (("data._target_=horovod_jobs.data.digits.digits",), 2, r"data\.samples=240: .*has no argument 'samples'; it takes test_samples"),
+    "labels outside the classes": (("+data.labels_up_to=6",), 3, r"target [45] of sample \d+ is not a class from 0 to 3"),
+    # artifacts by path
+    "no artifact at the path": (("+stages.model.needs.init=./nothing",), 4, r"no artifact at nothing .*give the path of an artifact directory"),
+    # places
+    "run directory under a file": (("run.root=/dev/null/x",), 6, r"cannot make the run directory /dev/null/x/.*choose another directory \(run\.root="),
+    "store under a file": (("run.store=/dev/null/x",), 6, r"/dev/null/x.*choose another directory"),
+    # training
+    "loss that blows up": (("optimizer.lr=1e30",), 8, r"not finite in stage model at step \d+ \(epoch 1\) on rank 0, training samples \d+.*lower optimizer\.lr.*Nothing was published"),
+    "sample that is not finite": (("+data.not_finite=3",), 8, r"inputs of 3 are not finite themselves"),
+}
+# fmt: on
+
+
+def check(done: Done, *, code: int, pattern: str) -> str:
+    """The one line of a job that failed as it should."""
+    assert done.code == code, done.text
+    assert "Traceback" not in done.err + done.out, done.text
+    assert len(done.errors) == 1, done.text
+    line = done.errors[0]
+    assert line.startswith("error: "), done.text
+    assert re.search(pattern, line), line
+    return line
+
+
+@pytest.mark.parametrize("what", TABLE)
+def test_one_process_says_it_in_one_line(what: str, forks: Forks, tmp_path: Path) -> None:
+    overrides, code, pattern = TABLE[what]
+    done = forks.run(*TINY, *overrides, cwd=tmp_path, timeout_s=LIMIT_S)
+    check(done, code=code, pattern=pattern)
+    assert weights(tmp_path) == {}
+    assert left_behind(tmp_path) == []
+    for directory in run_directories(tmp_path):
+        told = valid_manifest(tmp_path, run=directory.name)
+        assert (told["status"], told["exit_code"]) == ("failed", code)
+
+
+def test_the_manifest_says_why_it_failed(forks: Forks, tmp_path: Path) -> None:
+    line = check(forks.run(*TINY, "optimizer.lr=1e30", cwd=tmp_path), code=8, pattern="not finite")
+    told = valid_manifest(tmp_path)
+    assert line == f"error: {told['error']}"
+    assert stage(told, "model")["status"] == "failed"
+    event = next(entry for entry in events(tmp_path) if entry["event"] == "non_finite")
+    assert len(event["samples"]) == 24
+
+
+def test_a_group_of_ones_own_that_is_no_yaml(forks: Forks, tmp_path: Path) -> None:
+    (tmp_path / "conf" / "model").mkdir(parents=True)
+    (tmp_path / "conf" / "model" / "mine.yaml").write_text("hidden: [1, 2\nwidth: {", encoding="utf-8")
+    done = forks.run(f"--config-dir={tmp_path / 'conf'}", "model=mine", cwd=tmp_path)
+    check(done, code=2, pattern=r"mine\.yaml")
+
+
+def test_a_data_set_without_a_test_split(forks: Forks, tmp_path: Path) -> None:
+    (tmp_path / "conf" / "data").mkdir(parents=True)
+    (tmp_path / "conf" / "data" / "mine.yaml").write_text("_target_: tests.integration.parts.NoTest\n", encoding="utf-8")
+    done = forks.run(f"--config-dir={tmp_path / 'conf'}", "data=mine", "graph=train", "model=mlp", "allow_targets=[tests]", cwd=tmp_path)
+    check(done, code=3, pattern=r"NoTest.*has no attribute 'test'")
+
+
+# --- data sets that are missing or damaged -------------------------------------------------------------------------------
+
+
+def test_missing_data_names_the_ways_to_get_it(forks: Forks, tmp_path: Path) -> None:
+    done = forks.run(*TINY, "data=fashion_mnist", f"data.root={tmp_path}", cwd=tmp_path)
+    line = check(done, code=3, pattern=r"data\.root=.* has no train-images-idx3-ubyte\.gz")
+    for way in ("apt install dataset-fashion-mnist", "HOROVOD_JOBS_DATA", "data.root", "data.download=true"):
+        assert way in line
+
+
+def test_a_damaged_data_file_is_named(forks: Forks, tmp_path: Path) -> None:
+    content = gzip.compress(os.urandom(50_000))
+    for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        (tmp_path / f"{name}-ubyte.gz").write_bytes(content)
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(content[:20_000])
+    done = forks.run(*TINY, "data=fashion_mnist", f"data.root={tmp_path}", cwd=tmp_path)
+    check(done, code=3, pattern=r"train-images-idx3-ubyte\.gz is damaged")
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(content)
+    done = forks.run(*TINY, "data=fashion_mnist", f"data.root={tmp_path}", cwd=tmp_path)
+    check(done, code=3, pattern=r"train-images-idx3-ubyte\.gz")
+
+
+# --- artifacts given by path ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a store that holds one model of four classes."""
+    directory = tmp_path_factory.mktemp("trained")
+    done = forks.run(*TINY, "fit.epochs=1", cwd=directory)
+    assert done.code == 0, done.text
+    return directory
+
+
+def model_in(directory: Path) -> Path:
+    """The one model artifact of a store."""
+    (found,) = (directory / "artifacts").glob("model-*")
+    return found
+
+
+def test_a_teacher_with_other_classes(forks: Forks, trained: Path, tmp_path: Path) -> None:
+    overrides = ("graph=pair", "~stages.teacher", f"stages.student.needs.teacher={model_in(trained)}", "data.classes=3")
+    line = check(
+        forks.run(*TINY, *overrides, cwd=tmp_path), code=2, pattern=r"teacher model-\w+ .*shape \[4\] and the student \[3\].*choose another one"
+    )
+    assert "stages.student" in line
+    assert weights(tmp_path) == {}
+
+
+def test_start_weights_of_another_model(forks: Forks, trained: Path, tmp_path: Path) -> None:
+    done = forks.run(*TINY, "model=mlp", f"+stages.model.needs.init={model_in(trained)}", cwd=tmp_path)
+    check(done, code=4, pattern=r"needs\.init=model-\w+ holds weights of another model")
+
+
+@pytest.mark.parametrize("how", ["cut", "index", "flipped", "gone"])
+def test_a_damaged_artifact_given_by_path(how: str, forks: Forks, trained: Path, tmp_path: Path) -> None:
+    copy = tmp_path / model_in(trained).name
+    shutil.copytree(model_in(trained), copy)
+    file = copy / ("artifact.json" if how == "index" else "model.safetensors")
+    damage(file, how)
+    done = forks.run(*TINY, f"+stages.model.needs.init={copy}", cwd=tmp_path)
+    check(done, code=4, pattern=rf"damaged \({file.name}: ")
+
+
+def damage(path: Path, how: str) -> None:
+    """Damage a file: cut it short, flip one bit in its middle, or take it away."""
+    content = bytearray(path.read_bytes())
+    if how == "gone":
+        path.unlink()
+    elif how == "flipped":
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    else:
+        path.write_bytes(content[: len(content) // 2])
+
+
+def test_an_artifact_of_the_wrong_kind_given_by_path(forks: Forks, tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path / "other")
+    staging = store.staging("evaluation", "ab" * 32)
+    (staging / "evaluation.json").write_text("{}", encoding="utf-8")
+    artifact = store.publish(staging, kind="evaluation", fingerprint="ab" * 32, meta={})
+    done = forks.run(*TINY, f"+stages.model.needs.init={artifact.path}", cwd=tmp_path)
+    check(done, code=2, pattern=r"needs\.init=\S+ is an evaluation artifact, and 'init' of a train stage takes model")
+
+
+@pytest.mark.parametrize("how", ["cut", "index", "flipped", "gone"])
+def test_a_damaged_artifact_in_the_store_is_named_and_made_again(how: str, forks: Forks, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "artifacts", tmp_path / "artifacts")
+    before = weights(trained)
+    file = "artifact.json" if how == "index" else "model.safetensors"
+    damage(model_in(tmp_path) / file, how)
+    done = forks.run(*TINY, "fit.epochs=1", cwd=tmp_path)
+    assert done.code == 0, done.text
+    assert re.search(rf"model: running \(artifact .*damaged \({file}: ", done.err), done.text
+    assert weights(tmp_path) == before
+    assert left_behind(tmp_path) == []
+    assert stage(valid_manifest(tmp_path), "model")["status"] == "ran"
+
+
+# --- places where nothing can be written ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["run.root", "run.store"])
+def test_a_directory_that_may_not_be_written(key: str, forks: Forks, tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    if os.geteuid() == 0:  # Root may write everywhere but to a file system that is read-only.
+        with small_disk(closed, options="ro"):
+            done = forks.run(*TINY, f"{key}={closed}/here", cwd=tmp_path)
+    else:
+        closed.mkdir(mode=0o555)
+        done = forks.run(*TINY, f"{key}={closed}/here", cwd=tmp_path)
+    reason = r"(Permission denied\); choose a|Read-only file system\); .*choose another) directory"
+    check(done, code=6, pattern=rf"{re.escape(str(closed))}.*{reason}.*run\.root=")
+
+
+def test_a_file_that_may_not_grow_leaves_the_checkpoints_before_it(forks: Forks, tmp_path: Path) -> None:
+    done = forks.run(*TINY, "fit.checkpoint_every_steps=5", cwd=tmp_path, file_bytes=4000)
+    check(done, code=6, pattern=r"cannot write a checkpoint to .*File too large")
+    assert weights(tmp_path) == {}
+    assert left_behind(tmp_path) == []
+    assert [path.name for path in (tmp_path / "artifacts" / ".work").rglob(".new-*")] == []
+    again = forks.run(*TINY, "fit.checkpoint_every_steps=5", cwd=tmp_path)
+    assert again.code == 0, again.text
+
+
+@contextmanager
+def small_disk(path: Path, *, options: str) -> Iterator[None]:
+    """A file system of its own at ``path``, for the time of the body."""
+    path.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(path)], capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"a small file system cannot be mounted here ({mounted.stderr.strip()})")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(path)], check=True)
+
+
+@pytest.mark.parametrize("where", ["checkpoint", "publish"])
+def test_a_full_disk_publishes_nothing_and_goes_on_when_there_is_room(where: str, forks: Forks, tmp_path: Path) -> None:
+    """The store's disk fills up before a checkpoint, or before the artifact; run.root lies elsewhere."""
+    if shutil.which("mount") is None:
+        pytest.skip("there is no mount command here")
+    disk = tmp_path / "disk"
+    steps = ("fit.checkpoint_every_steps=5",) if where == "checkpoint" else ()
+    job = (*TINY, "model=mlp", "fit.epochs=4", *steps)
+    reference = forks.run(*job, "run.store=whole", cwd=tmp_path)
+    assert reference.code == 0, reference.text
+    (size,) = (path.stat().st_size for path in (tmp_path / "whole").glob("model-*/model.safetensors"))
+    with small_disk(disk, options=f"size={12 * size}"):
+        # A checkpoint is the weights and the momentum: one fits and the next does not. Without any, the weights do not fit.
+        fill(disk, leave=3 * size if where == "checkpoint" else size // 2)
+        done = forks.run(*job, f"run.store={disk}/store", cwd=tmp_path)
+        what = "write a checkpoint to" if where == "checkpoint" else "write the model to"
+        check(done, code=6, pattern=rf"cannot {what} .*No space left on device.*free some space")
+        assert valid_manifest(tmp_path)["status"] == "failed"
+        assert weights(disk, store="store") == {}
+        assert not list((disk / "store").glob(".staging-*"))
+        (disk / "filler").unlink()
+        again = forks.run(*job, f"run.store={disk}/store", cwd=tmp_path)
+        assert again.code == 0, again.text
+        assert stage(valid_manifest(tmp_path), "model")["resumed_from_step"] == (5 if where == "checkpoint" else None)
+        assert weights(disk, store="store") == weights(tmp_path, store="whole"), "as if nothing had happened"
+
+
+def fill(disk: Path, *, leave: int) -> None:
+    """Use the disk up but for ``leave`` bytes."""
+    space = os.statvfs(disk)
+    size = max(0, space.f_bavail * space.f_frsize - leave)
+    with (disk / "filler").open("wb") as stream:
+        os.posix_fallocate(stream.fileno(), 0, size)
+
+
+# --- the same in a world -------------------------------------------------------------------------------------------------
+
+# fmt: off
+IN_A_WORLD: dict[str, tuple[tuple[str, ...], int, str]] = {
+    "batch not divisible": (("fit.global_batch=25",), 2, r"global_batch=25 does not divide by 2 ranks.*use 24 or 26"),
+    "target not allowed": (("model._target_=os.system",), 2, r"os\.system is not allowed"),
+    "missing data": (("data=fashion_mnist", "data.root=."), 3, r"data\.root=\. has no train-images"),
+    "store under a file": (("run.store=/dev/null/x",), 6, r"/dev/null/x.*choose another directory"),
+    "loss that blows up": (("optimizer.lr=1e30",), 8, r"not finite in stage model at step \d+ \(epoch 1\) on rank 0, 1, training samples"),
+    "sample that is not finite": (("+data.not_finite=3",), 8, r"on rank [01], training samples .*the inputs of 3 are not finite themselves"),
+    "more ranks than samples": (("data.samples=2", "launch.np=3", "fit.global_batch=3"), 3, r"the training split has 2 samples for 3 ranks; start at most 2 ranks"),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("controller", ["mpi", "gloo"])
+@pytest.mark.parametrize("what", IN_A_WORLD)
+def test_a_world_says_it_once_and_ends(what: str, controller: str, tmp_path: Path) -> None:
+    if controller == "gloo" and what not in ("batch not divisible", "sample that is not finite"):
+        pytest.skip("one configuration error and one in training are enough for the second controller")
+    overrides, code, pattern = IN_A_WORLD[what]
+    done = run(*TINY, *WORLD, *overrides, f"launch.controller={controller}", cwd=tmp_path, timeout_s=LIMIT_S)
+    assert done.code == code, done.text
+    assert "Traceback" not in done.err + done.out, done.text
+    assert len(done.errors) == 1, done.text
+    assert re.search(pattern, done.errors[0]), done.text
+    assert weights(tmp_path) == {}
+    assert left_behind(tmp_path) == []
+    (directory,) = run_directories(tmp_path)
+    told = valid_manifest(tmp_path)
+    assert (told["status"], told["exit_code"], told["run_id"]) == ("failed", code, directory.name)
+
+
+def test_an_unwritable_run_directory_ends_every_rank(tmp_path: Path) -> None:
+    done = run(*TINY, *WORLD, "run.root=/dev/null/x", cwd=tmp_path, timeout_s=LIMIT_S)
+    assert done.code == 6, done.text
+    assert len(done.errors) == 1, done.text
+    assert "Traceback" not in done.err, done.text

@@ -9,6 +9,9 @@ Torch is imported when a call needs it, so that a process which only runs ONNX d
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -68,7 +71,9 @@ def save_model(
     try:
         write_weights(model, str(directory / WEIGHTS), metadata={"format": "pt", "torch": str(torch.__version__)})
     except SafetensorError as error:  # Its own type, where others raise OSError.
-        raise OSError(f"{error}") from error
+        number = re.search(r"os error (\d+)", str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code) if number else str(error)) from error
     config = {
         "format": "torch",
         "model": dict(model_node),

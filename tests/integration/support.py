@@ -26,6 +26,7 @@ JOB = (sys.executable, "-m", "horovod_jobs")
 MARK = "HOROVOD_JOBS_TEST_MARK"  # HOROVOD_ is a prefix that the launcher passes on.
 MPIRUN = (str(BIN / "mpirun"), "--bind-to", "none", "--map-by", "slot:OVERSUBSCRIBE")
 WORLD = ("launch=local", "launch.np=2")
+LIMIT_S = 200.0  # For a machine that does ten other things; a quiet one takes a few seconds for a job of two ranks.
 T = TypeVar("T")
 
 
@@ -77,7 +78,7 @@ def processes(mark: str) -> dict[int, str]:
     return found
 
 
-def wait_for(look: Callable[[], T | None], *, what: str, timeout_s: float = 60.0) -> T:
+def wait_for(look: Callable[[], T | None], *, what: str, timeout_s: float = LIMIT_S) -> T:
     """The first thing that ``look`` gives that is neither None nor False; asked again until the deadline."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
@@ -99,7 +100,7 @@ class Running:
     err: Path
     started: float
 
-    def wait(self, *, timeout_s: float = 90.0) -> Done:
+    def wait(self, *, timeout_s: float = LIMIT_S) -> Done:
         """Wait for its end; a job that does not end in time is killed and fails the test."""
         try:
             code = self.process.wait(timeout=timeout_s)
@@ -168,7 +169,7 @@ def start(*arguments: str, cwd: Path, launcher: Sequence[str] = (), env: Mapping
     return Running(process, cwd, mark, out, err, time.monotonic())
 
 
-def run(*arguments: str, cwd: Path, launcher: Sequence[str] = (), env: Mapping[str, str] | None = None, timeout_s: float = 90.0) -> Done:
+def run(*arguments: str, cwd: Path, launcher: Sequence[str] = (), env: Mapping[str, str] | None = None, timeout_s: float = LIMIT_S) -> Done:
     """Run a job to its end, and see that nothing of it is left."""
     running = start(*arguments, cwd=cwd, launcher=launcher, env=env)
     done = running.wait(timeout_s=timeout_s)
@@ -190,7 +191,7 @@ class Forks:
         cwd: Path,
         env: Mapping[str, str] | None = None,
         file_bytes: int | None = None,
-        timeout_s: float = 60.0,
+        timeout_s: float = LIMIT_S,
     ) -> Done:
         """Run a job to its end. ``file_bytes`` limits the size of every file it writes."""
         self.count += 1

@@ -65,13 +65,14 @@ class InTurn:
     def __init__(self, turns: Turns, system: str) -> None:
         from horovod_jobs.strategy.allreduce import Allreduce
 
-        self._inner, self._turns, self._system, self._done = Allreduce(tune=False), turns, system, 0
+        self._inner, self._turns, self._system = Allreduce(tune=False), turns, system
+        self._done, self._since = 0, 0.0
 
     def environment(self) -> dict[str, str]:
         return {}
 
     def bind(self, *args: Any, **kwargs: Any) -> Any:
-        updater = self._inner.bind(*args, **kwargs)
+        updater: Any = self._inner.bind(*args, **kwargs)
         updater.finish_step = self._finish_step
         return updater
 
@@ -171,7 +172,8 @@ def measure(*, warmup: int, steps: int, rounds: int, samples: int | None) -> dic
     data = replace(fashion_mnist(), validation=None)
     if samples is not None:
         data = replace(data, train=data.train.subset(torch.arange(samples)), digest="0" * 64)  # type: ignore[attr-defined]
-    turns, losses = Turns(warmup=warmup, steps=steps, rounds=rounds), {}
+    turns = Turns(warmup=warmup, steps=steps, rounds=rounds)
+    losses: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="horovod-jobs-bench-") as path:
         directory = Path(path)
         note("teacher")

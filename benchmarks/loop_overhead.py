@@ -21,7 +21,7 @@ from benchmarks.common import conclude, note, paired, parser, run_in_world, spre
 
 RANKS = 2
 GLOBAL_BATCH = 128
-_OPTIMIZER = {"_target_": "torch.optim.SGD", "lr": 0.02, "momentum": 0.9, "weight_decay": 5e-4}
+_OPTIMIZER: dict[str, Any] = {"_target_": "torch.optim.SGD", "lr": 0.02, "momentum": 0.9, "weight_decay": 5e-4}
 _CNN = {"_target_": "horovod_jobs.models.cnn.StridedCnn", "widths": [32, 48, 96, 160], "strides": [2, 2, 1, 2]}
 _RESNET = {"_target_": "horovod_jobs.models.resnet.ResNet", "depth": 20}
 _DATA = {
@@ -49,12 +49,13 @@ class Turns:
         self.ours_ms: list[float] = []
         self.theirs_ms: list[float] = []
         self._done = 0
+        self._since = 0.0
 
     def environment(self) -> dict[str, str]:
         return {}
 
     def bind(self, *args: Any, **kwargs: Any) -> Any:
-        updater = self._inner.bind(*args, **kwargs)
+        updater: Any = self._inner.bind(*args, **kwargs)
         # The updater is told when a step has ended: there the other loop takes its turn.
         updater.finish_step = self._finish_step
         return updater
@@ -96,7 +97,7 @@ class HandLoop:
         self._schedule = torch.optim.lr_scheduler.LambdaLR(plain, schedule)
         self.optimizer = hvd.DistributedOptimizer(plain, named_parameters=model.named_parameters())
         self.optimizer.param_groups = plain.param_groups
-        plain._opt_called = True  # The scheduler cannot see that the wrapper steps.
+        plain._opt_called = True  # type: ignore[attr-defined]  # The scheduler cannot see that the wrapper steps.
         hvd.broadcast_parameters(model.state_dict(), root_rank=0)
         order = epoch_permutation(len(data.train), seed=seed, epoch=0)
         self._plan: Iterator[Any] = iter(order.split(GLOBAL_BATCH))

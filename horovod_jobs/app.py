@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import os
 import sys
 import threading
 import traceback
+from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,6 +22,7 @@ from yaml import YAMLError
 from horovod_jobs import launch
 from horovod_jobs.comm.connect import connect, launched_by, rank_hint
 from horovod_jobs.comm.world import World
+from horovod_jobs.config import STAGES, FitConfig, JobConfig, LaunchConfig, RunConfig
 from horovod_jobs.errors import ConfigError, JobError
 from horovod_jobs.instantiate import instantiate, is_node
 from horovod_jobs.interrupt import StopRequest
@@ -42,6 +45,8 @@ def main() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises; the message and the exit code are ours.
     register_schema()
     launch.register_rank()
+    # A module of the user's beside them is found by the console script as by python -m; at the end, so that it hides nothing.
+    sys.path.append(os.getcwd())
     if rank_hint() != 0:
         # --help, --cfg and warnings once, not once a rank; errors of this rank alone still go to stderr.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -82,6 +87,10 @@ def _job(cfg: DictConfig) -> None:
         if code != 0:
             sys.exit(code)
         return
+    if job.config.launch.np > 1 and not inside:
+        raise ConfigError(
+            f"launch.np={job.config.launch.np} asks for a world of ranks and launch=none starts none; add launch=local"
+        )
     _run_here(job)
 
 
@@ -160,8 +169,18 @@ def _hydra_message(error: Exception) -> str:
     text = " ".join(lines)
     cause = error.__cause__ or error.__context__
     if isinstance(cause, OmegaConfBaseException):
-        text += f" ({one_line(cause)})"
+        key = str(getattr(cause, "full_key", "") or "")
+        text += f" ({one_line(cause)}{_suggestion(key) if 'not in struct' in str(cause) else ''})"
     return text if ";" in text else f"{text}; horovod-jobs --help lists what can be set"
+
+
+def _suggestion(key: str) -> str:
+    """A key that the last part of a mistyped one may stand for."""
+    path, _, last = key.rpartition(".")
+    schemas = (JobConfig, FitConfig, LaunchConfig, RunConfig, *STAGES.values())
+    known = {entry.name for schema in schemas for entry in fields(schema)}
+    close = difflib.get_close_matches(last, known - {last}, n=1)
+    return f"; did you mean {path}.{close[0]}?".replace(" .", " ") if close else ""
 
 
 def _fail(error: JobError | None, *, code: int = 1, alone: bool = False) -> NoReturn:

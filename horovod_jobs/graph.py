@@ -140,7 +140,7 @@ def fingerprint(
 
     ``inputs`` are the fingerprints of its inputs by role, ``code`` the digests of the classes its nodes name, ``machine`` what a
     measurement depends on (evaluate), ``tuning_keys`` those of its strategy that change the speed only. The world's size is in it
-    only where it changes the result: with batch norm that is not synchronised.
+    only where it changes the result: with batch norm that is not synchronised, or that sees a rank's part of a batch (accumulation).
     """
     config: dict[str, Any] = asdict(node.config)
     for key in ("enabled", "force", "needs"):
@@ -149,7 +149,7 @@ def fingerprint(
         config["fit"] = {key: value for key, value in config["fit"].items() if key not in _NOT_IN_RESULT}
         config["fit"].pop("batch_per_rank")
         config["fit"]["global_batch"] = global_batch
-        if not node.config.fit.sync_batchnorm:
+        if not node.config.fit.sync_batchnorm or node.config.fit.accumulate > 1:
             config["fit"]["world_size"] = world_size
         if isinstance(config["strategy"], dict):
             config["strategy"] = {key: value for key, value in config["strategy"].items() if key not in tuning_keys}

@@ -51,7 +51,8 @@ def resolve(cfg: DictConfig) -> Job:
         raise ConfigError(one_line(error)) from error
     resolved = typing.cast(dict[str, Any], plain)
     stages = {
-        name: _dataclass(STAGES[node["kind"]], node, where=f"stages.{name}.") for name, node in resolved["stages"].items()
+        name: _dataclass(STAGES[node["kind"]], node, where=f"stages.{name}.")
+        for name, node in resolved["stages"].items()
     }
     config = _dataclass(JobConfig, {**resolved, "stages": {}})
     job = Job(config=config, stages=stages, resolved=resolved)

@@ -165,6 +165,8 @@ def run_world(planned: LaunchPlan, *, grace_s: float) -> int:
             _kill_group(process)
         recorded = [int(path.read_text()) for path in sorted(Path(directory).glob("exit-*"))]
     failed = [value for value in recorded if value]
+    if not failed and code and stopper.asked:
+        return 128 + stopper.asked  # Ended by force before a rank could tell its code.
     return failed[0] if failed else (128 - code if code < 0 else code)
 
 
@@ -182,9 +184,11 @@ class _Stopper:
     def __init__(self, process: subprocess.Popen[bytes], directory: Path, *, grace_s: float) -> None:
         self._process, self._directory, self._grace_s = process, directory, grace_s
         self._deadline: float | None = None
+        self.asked = 0  # the first signal
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         first = self._deadline is None
+        self.asked = self.asked or int(number)
         self._deadline = time.monotonic() + (self._grace_s if first else 0.0)
         for path in self._directory.glob("pid-*"):
             with contextlib.suppress(ProcessLookupError, ValueError):

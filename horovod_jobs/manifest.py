@@ -128,13 +128,21 @@ def store_of(run_dir: Path, manifest: Manifest) -> Path:
 
 
 def list_runs(root: str | Path) -> list[Path]:
-    """The run directories under ``root``, the oldest first (by name, which begins with the time)."""
+    """The run directories under ``root``, the oldest first, whatever their names."""
     try:
-        return sorted(path for path in Path(root).iterdir() if not path.is_symlink() and (path / NAME).is_file())
+        found = [path for path in Path(root).iterdir() if not path.is_symlink() and (path / NAME).is_file()]
+        return sorted(found, key=lambda path: (_started_at(path), path.name))
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
         raise ArtifactError(f"cannot read {root} ({error.strerror}); choose a directory that you may read") from error
+
+
+def _started_at(run_dir: Path) -> str:
+    try:
+        return str(json.loads((run_dir / NAME).read_text(encoding="utf-8"))["started_at"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""  # Damaged: reading it says so.
 
 
 def find_run(root: str | Path, name: str) -> Path:

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from horovod_jobs.artifacts import Artifact, ArtifactStore, open_artifact
 from horovod_jobs.comm.world import World
-from horovod_jobs.config import DistillStage, EvaluateStage, QuantizeStage, TrainStage, effective_global_batch
+from horovod_jobs.config import (
+    DistillStage,
+    EvaluateStage,
+    ExportStage,
+    QuantizeStage,
+    TrainStage,
+    effective_global_batch,
+)
 from horovod_jobs.errors import ArtifactError, ConfigError, DataError
 from horovod_jobs.footprint import Meter, NullMeter
 from horovod_jobs.graph import Node, build, check_external, fingerprint, is_external
@@ -105,11 +112,18 @@ def _check_stage(node: Node, prepared: Prepared, world: World) -> None:
         _check_train(stage, prepared, world, where)
     if isinstance(stage, QuantizeStage):
         bind(stage.quantizer, where=f"{where}.quantizer", allow=allow)
+        for key, number in (("max_drop", stage.max_drop), ("check_samples", stage.check_samples)):
+            if number is not None and number < 0:
+                raise ConfigError(f"{where}.{key}={number} is negative; use a number from 0 on, or null")
         if not 0 < stage.calibration_samples <= len(prepared.data.train):
             raise ConfigError(
                 f"{where}.calibration_samples={stage.calibration_samples} does not fit the training split of {len(prepared.data.train)} "
                 f"samples; use 1 to {len(prepared.data.train)}"
             )
+    if isinstance(stage, ExportStage) and stage.tolerance < 0:
+        raise ConfigError(
+            f"{where}.tolerance={stage.tolerance} is negative; use the largest difference you accept, 1e-4 say"
+        )
     if isinstance(stage, EvaluateStage):
         if stage.split not in ("test", "validation", "train"):
             raise ConfigError(f"{where}.split={stage.split} is not a split; use test, validation or train")
@@ -124,7 +138,10 @@ def _check_stage(node: Node, prepared: Prepared, world: World) -> None:
 def _check_train(stage: TrainStage, prepared: Prepared, world: World, where: str) -> None:
     from horovod_jobs.data.sharding import check_divides
 
+    from horovod_jobs.training.precision import choose_device
+
     allow, data, fit = prepared.job.config.allow_targets, prepared.data, stage.fit
+    choose_device(fit.device, local_rank=world.local_rank)
     global_batch = effective_global_batch(fit, world_size=world.size)
     check_divides(global_batch, size=world.size, accumulate=fit.accumulate)
     if fit.drop_last and global_batch > len(data.train):
@@ -134,7 +151,8 @@ def _check_train(stage: TrainStage, prepared: Prepared, world: World, where: str
         )
     for part in ("model", "optimizer", "schedule", "strategy"):
         if not is_node(getattr(stage, part)):
-            raise ConfigError(f"{where}.{part}={getattr(stage, part)} names nothing to build; choose one ({part}=...)")
+            group = "model@student" if part == "model" and isinstance(stage, DistillStage) else part
+            raise ConfigError(f"{where}.{part}={getattr(stage, part)} names nothing to build; choose one ({group}=...)")
     model_arguments = accepted(
         stage.model, {"num_classes": data.num_classes, "input_shape": data.input_shape}, allow=allow
     )
@@ -228,8 +246,6 @@ def table(planned: list[Planned]) -> Any:
     for column in ("stage", "kind", "needs", "action", "why"):
         shown.add_column(column, overflow="fold")
     for step in planned:
-        needs = ", ".join(
-            f"{role}: {source}" if role != source else role for role, source in step.node.config.needs.items()
-        )
+        needs = ", ".join(f"{role}: {source}" if role != source else role for role, source in step.node.needs.items())
         shown.add_row(step.node.name, step.node.config.kind, needs, step.action, step.why)
     return shown

@@ -6,7 +6,7 @@ import logging
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -98,6 +98,7 @@ class Run:
         Raises:
             JobError: a stage failed, or a stop was agreed; the manifest says so.
         """
+        prepared = prepare(self.job, self.world)  # Before there is a directory: a job that cannot run leaves none.
         run_dir = Path(self.world.main(lambda: _make_run_dir(self.job), name="run.dir"))
         with self.world.agreed("run.visible"):
             _check_visible(run_dir)
@@ -110,7 +111,7 @@ class Run:
             stack.callback(self.events.close)
             self._begin_manifest()
             try:
-                self._stages(stack)
+                self._stages(stack, prepared)
             except BaseException as error:
                 self._end(error)
                 raise
@@ -118,8 +119,7 @@ class Run:
         return Outcome(run_dir, self.manifest)
 
     # --- stages -----------------------------------------------------------------------------------------------------
-    def _stages(self, stack: ExitStack) -> None:
-        prepared = prepare(self.job, self.world)
+    def _stages(self, stack: ExitStack, prepared: Prepared) -> None:
         planned = plan(self.job, self.world, self.store, prepared)
         self.tracker = self._open_tracker(prepared.tracker)
         stack.push(lambda kind, error, trace: self.tracker.close(failed=kind is not None))
@@ -127,17 +127,21 @@ class Run:
         for step in planned:
             self._record(step.node.name, reason=step.why, status="skipped" if step.action == "skip" else "pending")
         made: dict[str, Artifact] = dict(prepared.externals)
+        twins: dict[str, Artifact] = {}  # by fingerprint
         for step in planned:
             if step.action == "skip":
                 self.log.info("%s: skipped, %s", step.node.name, step.why)
                 continue
             self.stop.raise_if_agreed(self.world, where=f"before stage {step.node.name}")
-            if step.action == "reuse" and step.artifact is not None:
-                made[step.node.name] = step.artifact
-                self._record(step.node.name, status="reused", **_figures(step.artifact))
-                self.log.info("%s: reused %s", step.node.name, step.artifact.ref)
+            # A stage that is the same as one before it takes what that one has just made.
+            artifact = step.artifact if step.action == "reuse" else twins.get(step.fingerprint)
+            if artifact is not None:
+                made[step.node.name] = artifact
+                why = step.why if step.action == "reuse" else f"the same as stage {artifact.meta['stage']}"
+                self._record(step.node.name, status="reused", reason=why, **_figures(artifact))
+                self.log.info("%s: reused %s", step.node.name, artifact.ref)
             else:
-                made[step.node.name] = self._run(step, prepared, made)
+                made[step.node.name] = twins[step.fingerprint] = self._run(step, prepared, made)
             self._write()
 
     def _run(self, step: Planned, prepared: Prepared, made: dict[str, Artifact]) -> Artifact:
@@ -352,9 +356,10 @@ def _headline(result: StageResult) -> str:
     return f" ({', '.join(shown)})" if shown else ""
 
 
-def _sum(values: Iterator[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) if known else None
+def _sum(values: Iterable[float | None]) -> float | None:
+    """The sum, or None where a part is unknown: a part is not passed off as the whole."""
+    known = list(values)
+    return None if any(value is None for value in known) else float(sum(value for value in known if value is not None))
 
 
 def _relative(path: Path, start: Path) -> str:

@@ -119,6 +119,20 @@ class HorovodWorld(World):
         hvd.shutdown()
 
 
+def _callable_with_parameters_only(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """A twin that shares everything with ``optimizer`` and whose class can be made anew from its parameters.
+
+    Horovod derives a class from the optimizer's and calls it with the parameters alone, which fails where another argument has
+    no default, and loses what a constructor notes besides the parameter groups.
+    """
+
+    class Twin(type(optimizer)):  # type: ignore[misc]
+        def __init__(self, params: Any = None) -> None:
+            self.__dict__.update(optimizer.__dict__)
+
+    return Twin()
+
+
 class HorovodExchange:
     """``hvd.DistributedOptimizer`` around an optimizer, sharing its state and parameter groups.
 
@@ -137,7 +151,7 @@ class HorovodExchange:
     ) -> None:
         self._trainable = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
         self._wrapped: Any = hvd.DistributedOptimizer(
-            optimizer,
+            _callable_with_parameters_only(optimizer),
             named_parameters=self._trainable,
             compression=_COMPRESSION[compression],
             backward_passes_per_step=accumulate,

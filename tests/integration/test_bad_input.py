@@ -94,6 +94,7 @@ TABLE: dict[str, tuple[tuple[str, ...], int, str]] = {
     "schedule out of range": (("schedule.peak_at=2",), 2, r"schedule\.peak_at=2 is not between 0 and 1"),
     "unknown compression": (("strategy.compression=int3",), 2, r"compression=int3 is not known; use none or fp16"),
     "label smoothing out of range": (("task.label_smoothing=2",), 2, r"label_smoothing=2 is out of range"),
+    "a word in place of a group's option": (("graph=pair", "student=mlp"), 2, r"stages\.student\.model=mlp names nothing to build; choose one \(model@student="),
     "temperature below zero": (("graph=pair", "distiller.temperature=-1"), 2, r"temperature=-1 is not positive"),
     "no distillation term": (("graph=pair", "distiller.terms.soft.weight=0", "distiller.terms.hard.weight=0"), 2, r"has no term with a weight"),
     "teacher cache with augmentation": (("graph=pair", "distiller.cache=true", "stages.student.augment=true", SHIFT), 2, r"distiller\.cache=true keeps .*set stages\.student\.augment=false, or distiller\.cache=false"),

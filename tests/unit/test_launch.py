@@ -96,7 +96,7 @@ while True: time.sleep(0.05)
 """
 
 
-@pytest.mark.parametrize(("obey", "code"), [(True, 75), (False, 137)])
+@pytest.mark.parametrize(("obey", "code"), [(True, 75), (False, 143)])
 def test_sigterm_reaches_the_ranks_and_the_deaf_are_killed(tmp_path: Path, obey: bool, code: int) -> None:
     ready = tmp_path / "ready"
 

@@ -142,7 +142,7 @@ def _started_at(run_dir: Path) -> str:
     try:
         return str(json.loads((run_dir / NAME).read_text(encoding="utf-8"))["started_at"])
     except (OSError, ValueError, KeyError, TypeError):
-        return ""  # Damaged: reading it says so.
+        return "~"  # Damaged, and shown last; reading it says so.
 
 
 def find_run(root: str | Path, name: str) -> Path:

@@ -24,9 +24,7 @@ INJECTED = {
     "optimizer": ("params",),
 }
 # Groups that are not chosen by `group=option`: stage/ is what graphs are made of.
-OPTIONS = sorted(
-    (path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name != "stage"
-)
+OPTIONS = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name != "stage")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -57,7 +55,9 @@ def test_the_folders_are_the_groups() -> None:
     assert OPTIONS, "conf/ was found"
     groups = {group for group, _ in OPTIONS}
     chosen = {str(next(iter(entry))).split("@")[0] for entry in _defaults() if isinstance(entry, dict)}
-    assert groups == {group.removeprefix("override hydra/").split("/")[0] for group in chosen if not group.startswith("override")}
+    assert groups == {
+        group.removeprefix("override hydra/").split("/")[0] for group in chosen if not group.startswith("override")
+    }
     assert {path.stem for path in (CONF / "stage").glob("*.yaml")} == set(STAGES)
 
 
@@ -78,7 +78,11 @@ def test_every_option_composes_and_binds(group: str, option: str) -> None:
 @pytest.mark.parametrize("option", [option for group, option in OPTIONS if group == "model"])
 def test_every_model_can_be_the_student(option: str) -> None:
     made = job(f"model@student={option}")
-    assert made.resolved["stages"]["student"]["model"] == made.resolved["student"] == job(f"model={option}").resolved["model"]
+    assert (
+        made.resolved["stages"]["student"]["model"]
+        == made.resolved["student"]
+        == job(f"model={option}").resolved["model"]
+    )
 
 
 @pytest.mark.parametrize("kind", STAGES)

@@ -13,7 +13,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "horovod_jobs"
-MODULES = {str(path.relative_to(ROOT).with_suffix("")).replace(os.sep, ".").removesuffix(".__init__"): path for path in PACKAGE.rglob("*.py")}
+MODULES = {
+    str(path.relative_to(ROOT).with_suffix("")).replace(os.sep, ".").removesuffix(".__init__"): path
+    for path in PACKAGE.rglob("*.py")
+}
 # From the bottom to the top: a module may import from its own floor and those below (docs of the design: app -> runner -> stages ->
 # training, distillation, quantization, report -> strategy -> comm, with artifacts, graph, errors and config at the bottom).
 FLOORS: tuple[tuple[str, ...], ...] = (
@@ -67,7 +70,12 @@ def imports(path: Path, *, module_level: bool = False) -> Iterator[tuple[int, st
 def floor(module: str) -> int:
     """The floor of a module: that of the longest name that fits."""
     name = module.removeprefix("horovod_jobs").lstrip(".")
-    found = [(len(entry), level) for level, entries in enumerate(FLOORS) for entry in entries if name == entry or name.startswith(entry + ".")]
+    found = [
+        (len(entry), level)
+        for level, entries in enumerate(FLOORS)
+        for entry in entries
+        if name == entry or name.startswith(entry + ".")
+    ]
     assert found, f"{module} has no floor yet; give it one in FLOORS"
     return max(found)[1]
 
@@ -109,7 +117,11 @@ def test_no_pickle() -> None:
     """torch.load only with weights_only=True, and nothing that pickles or unpickles; naming pickle's exceptions is fine."""
     wrong = []
     for path in MODULES.values():
-        wrong += [f"{path.name}:{line} {name}" for line, name in imports(path) if name.split(".")[0] in ("cloudpickle", "dill", "joblib", "shelve")]
+        wrong += [
+            f"{path.name}:{line} {name}"
+            for line, name in imports(path)
+            if name.split(".")[0] in ("cloudpickle", "dill", "joblib", "shelve")
+        ]
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Call):
                 continue
@@ -117,12 +129,16 @@ def test_no_pickle() -> None:
             if called.startswith("pickle."):
                 wrong.append(f"{path.name}:{node.lineno} {called}")
             if called == "torch.load":
-                safe = [word for word in node.keywords if word.arg == "weights_only" and ast.unparse(word.value) == "True"]
+                safe = [
+                    word for word in node.keywords if word.arg == "weights_only" and ast.unparse(word.value) == "True"
+                ]
                 wrong += [] if safe else [f"{path.name}:{node.lineno} torch.load"]
     assert wrong == []
 
 
-@pytest.mark.parametrize("path", sorted([*MODULES.values(), *(ROOT / "tests").rglob("*.py")]), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", sorted([*MODULES.values(), *(ROOT / "tests").rglob("*.py")]), ids=lambda path: str(path.relative_to(ROOT))
+)
 def test_a_file_can_be_held_in_the_head(path: Path) -> None:
     lines = len(path.read_text(encoding="utf-8").splitlines())
     assert lines <= 450, f"{path.relative_to(ROOT)} has {lines} lines; split it by meaning"
@@ -148,6 +164,8 @@ def test_what_should_be_quick_imports_nothing_heavy(start: str, tmp_path: Path) 
         f"try:\n    {start}\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "HEAVY []" in done.stderr, done.stderr

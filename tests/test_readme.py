@@ -24,7 +24,20 @@ DOCUMENTS = sorted(
     for path in ROOT.glob(pattern)
 )
 # Programs whose lines start something else than a job; what they do is tested where they are.
-OTHERS = ("make", "launch/install.sh", "launch/build_horovod.sh", "pip", "python", "cd", ".", "sudo", "apt", "git", "horovod-runs", "ulimit")
+OTHERS = (
+    "make",
+    "launch/install.sh",
+    "launch/build_horovod.sh",
+    "pip",
+    "python",
+    "cd",
+    ".",
+    "sudo",
+    "apt",
+    "git",
+    "horovod-runs",
+    "ulimit",
+)
 # A directory that the reader is told to make: its options exist nowhere, so only the rest of the line can be held to something.
 READERS_OWN = ("my_conf", "conf")
 
@@ -88,7 +101,9 @@ def test_every_job_in_a_document_composes(document: str, line: str, monkeypatch:
             extra = [f"hydra.searchpath=[file://{real}]"]
             monkeypatch.syspath_prepend(real.parent)
         else:
-            assert str(directory) in READERS_OWN, f"{document} names {directory}, which is neither there nor known as the reader's own"
+            assert str(directory) in READERS_OWN, (
+                f"{document} names {directory}, which is neither there nor known as the reader's own"
+            )
             # What the reader's directory would add: a group's option that this package does not have.
             ours = {f"{path.parent.name}={path.stem}" for path in Path(conf_dir()).glob("*/*.yaml")}
             groups = {path.parent.name for path in Path(conf_dir()).glob("*/*.yaml")}
@@ -104,7 +119,9 @@ def test_every_job_in_a_document_composes(document: str, line: str, monkeypatch:
 def test_every_command_is_one_we_know(document: Path) -> None:
     """A fenced shell block holds jobs, or what another test runs: nothing that nobody looks at."""
     unknown = []
-    for block in re.findall(r"^```(?:bash|sh|console)\n(.*?)^```", document.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL):
+    for block in re.findall(
+        r"^```(?:bash|sh|console)\n(.*?)^```", document.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
+    ):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             if words and "horovod-jobs" not in words and words[0] not in OTHERS:
@@ -115,7 +132,10 @@ def test_every_command_is_one_we_know(document: Path) -> None:
 def anchors(path: Path) -> set[str]:
     """The names of a document's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", re.sub(r"\[(.*?)\]\(.*?\)", r"\1", heading).lower()).strip().replace(" ", "-") for heading in headings}
+    return {
+        re.sub(r"[^\w\- ]", "", re.sub(r"\[(.*?)\]\(.*?\)", r"\1", heading).lower()).strip().replace(" ", "-")
+        for heading in headings
+    }
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -136,7 +156,12 @@ def test_horovod_runs_has_the_subcommands_that_the_documents_name() -> None:
     for path in DOCUMENTS:
         told |= set(re.findall(r"^ {0,4}horovod-runs ([a-z]+)", path.read_text(encoding="utf-8"), flags=re.MULTILINE))
     shown = subprocess.run(
-        [sys.executable, "-m", "horovod_jobs.runs", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-m", "horovod_jobs.runs", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
     ).stdout
     assert told
     assert told <= set(re.findall(r"[a-z]+", shown)), shown
@@ -146,5 +171,8 @@ def test_the_exit_codes_of_the_readme_are_those_of_the_code() -> None:
     from horovod_jobs.errors import BY_NAME
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    told = {int(code) for code in re.findall(r"^\| (\d+) \|", text.split("## Exit codes")[1].split("\n## ")[0], flags=re.MULTILINE)}
+    told = {
+        int(code)
+        for code in re.findall(r"^\| (\d+) \|", text.split("## Exit codes")[1].split("\n## ")[0], flags=re.MULTILINE)
+    }
     assert told == {0, *(error.exit_code for error in BY_NAME.values())}

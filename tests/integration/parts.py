@@ -27,14 +27,19 @@ def pictures(
     """Noisy pictures of one blob a class, [1, side, side]; the other arguments make it wrong, or tell what a rank can see."""
     if record_environment_in is not None:
         (Path(record_environment_in) / f"{os.getpid()}.txt").write_text("\n".join(sorted(os.environ)), encoding="utf-8")
-    splits = [_split(samples=count, classes=labels_up_to or classes, side=side, seed=seed) for count, seed in ((samples, 1), (40, 2), (48, 3))]
+    splits = [
+        _split(samples=count, classes=labels_up_to or classes, side=side, seed=seed)
+        for count, seed in ((samples, 1), (40, 2), (48, 3))
+    ]
     if not_finite is not None:
         inputs, targets = splits[0]
         inputs[not_finite] = torch.nan
         splits[0] = (inputs, targets)
     train, validation, test = (TensorSplit(*split) for split in splits)
     return DataModule(
-        train=train if wait_at_sample is None else WaitsForEver(train, sample=wait_at_sample[0], told=Path(wait_at_sample[1])),
+        train=train
+        if wait_at_sample is None
+        else WaitsForEver(train, sample=wait_at_sample[0], told=Path(wait_at_sample[1])),
         validation=validation,
         test=test,
         num_classes=classes,

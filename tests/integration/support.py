@@ -52,7 +52,9 @@ class Done:
 
 def environment(mark: str = "", **changes: str) -> dict[str, str]:
     """This process's environment without the marks of a world it may itself be in, plus ``changes``."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith((*WORLD_MARKS, "PYTEST_", "HYDRA_"))}
+    env = {
+        name: value for name, value in os.environ.items() if not name.startswith((*WORLD_MARKS, "PYTEST_", "HYDRA_"))
+    }
     env.update(OMP_NUM_THREADS="1", OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
     env["PATH"] = f"{BIN}{os.pathsep}{env.get('PATH', os.defpath)}"
@@ -72,7 +74,9 @@ def processes(mark: str) -> dict[int, str]:
             if wanted in (path / "environ").read_bytes().split(b"\0"):
                 state = (path / "stat").read_text().rpartition(")")[2].split()[0]
                 if state != "Z":
-                    found[int(path.name)] = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                    found[int(path.name)] = (
+                        (path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                    )
         except OSError:
             continue
     return found
@@ -132,7 +136,12 @@ class Running:
                 continue
             variables = _environ(pid)
             rank = variables.get("OMPI_COMM_WORLD_RANK") or variables.get("HOROVOD_RANK")
-            if rank is not None and "mpirun" not in command and "horovodrun" not in command and "/bin/sh" not in command:
+            if (
+                rank is not None
+                and "mpirun" not in command
+                and "horovodrun" not in command
+                and "/bin/sh" not in command
+            ):
                 found[int(rank)] = pid
         return found
 
@@ -169,7 +178,13 @@ def start(*arguments: str, cwd: Path, launcher: Sequence[str] = (), env: Mapping
     return Running(process, cwd, mark, out, err, time.monotonic())
 
 
-def run(*arguments: str, cwd: Path, launcher: Sequence[str] = (), env: Mapping[str, str] | None = None, timeout_s: float = LIMIT_S) -> Done:
+def run(
+    *arguments: str,
+    cwd: Path,
+    launcher: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+    timeout_s: float = LIMIT_S,
+) -> Done:
     """Run a job to its end, and see that nothing of it is left."""
     running = start(*arguments, cwd=cwd, launcher=launcher, env=env)
     done = running.wait(timeout_s=timeout_s)
@@ -269,7 +284,10 @@ def stage(value: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def weights(cwd: Path, *, store: str = "artifacts") -> dict[str, str]:
     """SHA-256 of model.safetensors of every model in the store, by reference."""
-    return {path.parent.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted((cwd / store).glob("model-*/model.safetensors"))}
+    return {
+        path.parent.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted((cwd / store).glob("model-*/model.safetensors"))
+    }
 
 
 def run_directories(cwd: Path) -> list[Path]:
@@ -281,4 +299,8 @@ def run_directories(cwd: Path) -> list[Path]:
 def left_behind(cwd: Path) -> list[str]:
     """What stands in the directory that a job has no business to leave: Hydra's own directories, half-made artifacts."""
     names = [name for name in ("outputs", "multirun", ".hydra") if (cwd / name).exists()]
-    return names + [str(path) for path in cwd.glob("artifacts/.staging-*")] + [str(path) for path in cwd.glob("artifacts/.old-*")]
+    return (
+        names
+        + [str(path) for path in cwd.glob("artifacts/.staging-*")]
+        + [str(path) for path in cwd.glob("artifacts/.old-*")]
+    )

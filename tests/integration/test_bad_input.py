@@ -154,8 +154,17 @@ def test_a_group_of_ones_own_that_is_no_yaml(forks: Forks, tmp_path: Path) -> No
 
 def test_a_data_set_without_a_test_split(forks: Forks, tmp_path: Path) -> None:
     (tmp_path / "conf" / "data").mkdir(parents=True)
-    (tmp_path / "conf" / "data" / "mine.yaml").write_text("_target_: tests.integration.parts.NoTest\n", encoding="utf-8")
-    done = forks.run(f"--config-dir={tmp_path / 'conf'}", "data=mine", "graph=train", "model=mlp", "allow_targets=[tests]", cwd=tmp_path)
+    (tmp_path / "conf" / "data" / "mine.yaml").write_text(
+        "_target_: tests.integration.parts.NoTest\n", encoding="utf-8"
+    )
+    done = forks.run(
+        f"--config-dir={tmp_path / 'conf'}",
+        "data=mine",
+        "graph=train",
+        "model=mlp",
+        "allow_targets=[tests]",
+        cwd=tmp_path,
+    )
     check(done, code=3, pattern=r"NoTest.*has no attribute 'test'")
 
 
@@ -202,7 +211,9 @@ def model_in(directory: Path) -> Path:
 def test_a_teacher_with_other_classes(forks: Forks, trained: Path, tmp_path: Path) -> None:
     overrides = ("graph=pair", "~stages.teacher", f"stages.student.needs.teacher={model_in(trained)}", "data.classes=3")
     line = check(
-        forks.run(*TINY, *overrides, cwd=tmp_path), code=2, pattern=r"teacher model-\w+ .*shape \[4\] and the student \[3\].*choose another one"
+        forks.run(*TINY, *overrides, cwd=tmp_path),
+        code=2,
+        pattern=r"teacher model-\w+ .*shape \[4\] and the student \[3\].*choose another one",
     )
     assert "stages.student" in line
     assert weights(tmp_path) == {}
@@ -245,7 +256,9 @@ def test_an_artifact_of_the_wrong_kind_given_by_path(forks: Forks, tmp_path: Pat
 
 
 @pytest.mark.parametrize("how", ["cut", "index", "flipped", "gone"])
-def test_a_damaged_artifact_in_the_store_is_named_and_made_again(how: str, forks: Forks, trained: Path, tmp_path: Path) -> None:
+def test_a_damaged_artifact_in_the_store_is_named_and_made_again(
+    how: str, forks: Forks, trained: Path, tmp_path: Path
+) -> None:
     shutil.copytree(trained / "artifacts", tmp_path / "artifacts")
     before = weights(trained)
     file = "artifact.json" if how == "index" else "model.safetensors"
@@ -288,7 +301,9 @@ def test_a_file_that_may_not_grow_leaves_the_checkpoints_before_it(forks: Forks,
 def small_disk(path: Path, *, options: str) -> Iterator[None]:
     """A file system of its own at ``path``, for the time of the body."""
     path.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(path)], capture_output=True, text=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "none", str(path)], capture_output=True, text=True, check=False
+    )
     if mounted.returncode:
         pytest.skip(f"a small file system cannot be mounted here ({mounted.stderr.strip()})")
     try:

@@ -157,7 +157,9 @@ def test_a_damaged_last_checkpoint_falls_back_and_says_so(tmp_path: Path, untouc
 
 
 @pytest.mark.parametrize("controller", ["mpi", "gloo"])
-def test_sigterm_writes_a_checkpoint_and_says_try_again(controller: str, tmp_path: Path, untouched: dict[str, str]) -> None:
+def test_sigterm_writes_a_checkpoint_and_says_try_again(
+    controller: str, tmp_path: Path, untouched: dict[str, str]
+) -> None:
     running = start(*LONG, *WORLD, f"launch.controller={controller}", cwd=tmp_path)
     at_checkpoint(running, 2)
     running.process.terminate()
@@ -209,9 +211,15 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
     """The first one waits for the step under way, which here never ends."""
     stuck = ("data=pictures", f"+data.wait_at_sample=[100,{tmp_path / 'reached'}]", "fit.checkpoint_every_steps=1")
     running = start(*LONG, *WORLD, *stuck, cwd=tmp_path)
-    wait_for(lambda: (tmp_path / "reached").exists() or running.process.poll() is not None, what="the step that never ends")
+    wait_for(
+        lambda: (tmp_path / "reached").exists() or running.process.poll() is not None, what="the step that never ends"
+    )
     running.process.send_signal(signal.SIGINT)
-    wait_for(lambda: "Press Ctrl-C again" in running.err.read_text(errors="replace"), what="the answer to the first Ctrl-C", timeout_s=20)
+    wait_for(
+        lambda: "Press Ctrl-C again" in running.err.read_text(errors="replace"),
+        what="the answer to the first Ctrl-C",
+        timeout_s=20,
+    )
     assert running.process.poll() is None
     running.process.send_signal(signal.SIGINT)
     done = running.wait()
@@ -232,7 +240,10 @@ def test_two_jobs_do_not_make_the_same_artifact(forks: Forks, tmp_path: Path) ->
         os.kill(first.process.pid, signal.SIGCONT)
     assert second.code == 6, second.text
     assert len(second.errors) == 1, second.text
-    assert f"another job is making model-{next(iter((tmp_path / 'artifacts' / '.work').glob('model-*.lock'))).stem.split('-')[1]}" in second.err
+    assert (
+        f"another job is making model-{next(iter((tmp_path / 'artifacts' / '.work').glob('model-*.lock'))).stem.split('-')[1]}"
+        in second.err
+    )
     assert f"process {first.process.pid} on " in second.err
     done = first.wait()
     assert done.code == 0, done.text
@@ -244,11 +255,19 @@ def test_two_jobs_do_not_make_the_same_artifact(forks: Forks, tmp_path: Path) ->
 
 def test_killed_while_publishing_leaves_no_half_artifact(forks: Forks, tmp_path: Path) -> None:
     """Killed when the weights lie in the staging directory, as soon as it holds its first file."""
-    wide = (*TINY, "model=mlp", "model.hidden=[3000,3000]", "fit.epochs=1", "fit.checkpoint_every_steps=10")  # 36 MB take a moment
+    wide = (
+        *TINY,
+        "model=mlp",
+        "model.hidden=[3000,3000]",
+        "fit.epochs=1",
+        "fit.checkpoint_every_steps=10",
+    )  # 36 MB take a moment
     for attempt in range(3):
         running = start(*wide, cwd=tmp_path)
         wait_for(
-            lambda: next((tmp_path / "artifacts").glob(".staging-model-*/*"), None) or running.process.poll() is not None,  # noqa: B023
+            lambda: (
+                next((tmp_path / "artifacts").glob(".staging-model-*/*"), None) or running.process.poll() is not None
+            ),  # noqa: B023
             what="the first file of the artifact",
         )
         running.process.kill()

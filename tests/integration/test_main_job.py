@@ -16,11 +16,25 @@ from tests.integration.support import WORLD, environment, left_behind, run, stag
 
 SMALL = (
     *("graph=compress", "data=digits", "model=mlp", "model.hidden=[64]", "model@student=mlp", "student.hidden=[16]"),
-    *("footprint=replay", "tracker=none", "run.progress=none", "fit.epochs=6", "fit.global_batch=64", "optimizer.lr=0.05"),
+    *(
+        "footprint=replay",
+        "tracker=none",
+        "run.progress=none",
+        "fit.epochs=6",
+        "fit.global_batch=64",
+        "optimizer.lr=0.05",
+    ),
     *("stages.int8.calibration_samples=256", "stages.int8.max_drop=5"),
     *(f"stages.eval_{name}.latency_runs=5" for name in ("teacher", "plain", "student", "int8")),
 )
-KINDS = {"teacher": "train", "plain": "train", "student": "distill", "int8": "quantize", "export": "export", "report": "report"}
+KINDS = {
+    "teacher": "train",
+    "plain": "train",
+    "student": "distill",
+    "int8": "quantize",
+    "export": "export",
+    "report": "report",
+}
 EVALUATED = {"eval_teacher": "teacher", "eval_plain": "plain", "eval_student": "student", "eval_int8": "int8"}
 
 
@@ -41,7 +55,10 @@ def test_every_stage_ran_and_the_manifest_obeys_its_schema(job: Path) -> None:
     told = valid_manifest(job)
     assert (told["status"], told["exit_code"], told["error"]) == ("done", 0, None)
     assert told["world"] == {"size": 2, "hosts": 1, "controller": "mpi"}
-    assert {entry["name"]: entry["kind"] for entry in told["stages"]} == {**KINDS, **dict.fromkeys(EVALUATED, "evaluate")}
+    assert {entry["name"]: entry["kind"] for entry in told["stages"]} == {
+        **KINDS,
+        **dict.fromkeys(EVALUATED, "evaluate"),
+    }
     assert {entry["status"] for entry in told["stages"]} == {"ran"}
     for entry in told["stages"]:
         assert entry["seconds"] > 0
@@ -51,7 +68,11 @@ def test_every_stage_ran_and_the_manifest_obeys_its_schema(job: Path) -> None:
 
 def test_the_figures_hang_together(job: Path) -> None:
     told = valid_manifest(job)
-    assert stage(told, "student")["parameters"] == stage(told, "plain")["parameters"] < stage(told, "teacher")["parameters"]
+    assert (
+        stage(told, "student")["parameters"]
+        == stage(told, "plain")["parameters"]
+        < stage(told, "teacher")["parameters"]
+    )
     for name in EVALUATED:
         entry = stage(told, name)
         assert 0.5 < entry["metrics"]["accuracy"] <= 1, "ten classes: a guess is right one time in ten"
@@ -67,7 +88,9 @@ def test_the_figures_hang_together(job: Path) -> None:
 
 
 @pytest.mark.parametrize("evaluation", EVALUATED)
-def test_loading_the_model_gives_the_evaluations_accuracy(evaluation: str, job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_the_model_gives_the_evaluations_accuracy(
+    evaluation: str, job: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import torch
 
     import horovod_jobs
@@ -106,7 +129,10 @@ class _Loads(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         for name, value in attrs:
-            if (name in ("src", "srcset", "poster", "data") or (name in ("href", "xlink:href") and tag in ("link", "image", "use"))) and value:
+            if (
+                name in ("src", "srcset", "poster", "data")
+                or (name in ("href", "xlink:href") and tag in ("link", "image", "use"))
+            ) and value:
                 self.found.append(value)
 
 
@@ -134,7 +160,13 @@ def test_the_model_card_has_metadata(job: Path) -> None:
 def runs(job: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """The `horovod-runs` command."""
     return subprocess.run(
-        [sys.executable, "-m", "horovod_jobs.runs", *arguments], cwd=job, env=environment(), capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-m", "horovod_jobs.runs", *arguments],
+        cwd=job,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
 
 

@@ -55,10 +55,14 @@ def test_the_example_trains_measures_and_reports(project: Path) -> None:
 def test_without_allow_targets_it_is_refused_with_the_remedy(project: Path) -> None:
     done = mine(project, "allow_targets=[]")
     assert done.code == 2, done.text
-    assert re.search(r"error: .*my_project\.\w+ is not allowed .*add it: allow_targets=\[my_project\]", done.err), done.text
+    assert re.search(r"error: .*my_project\.\w+ is not allowed .*add it: allow_targets=\[my_project\]", done.err), (
+        done.text
+    )
 
 
 def test_without_pythonpath_it_says_so(project: Path) -> None:
     done = run("--config-dir", str(project / "conf"), "experiment=mine", *QUICK, cwd=project.parent)
     assert done.code == 2, done.text
-    assert re.search(r"no module named 'my_project'; check the spelling, or put its directory on PYTHONPATH", done.err), done.text
+    assert re.search(
+        r"no module named 'my_project'; check the spelling, or put its directory on PYTHONPATH", done.err
+    ), done.text

@@ -73,7 +73,10 @@ def test_every_way_to_start_two_ranks(how: str, alone: list[dict[str, float]], t
     assert [*TINY][1] in told["command"]
     assert "launch=none" not in told["command"], "the command to repeat it is the one that was typed"
     assert left_behind(tmp_path) == []
-    assert sorted(path.name for path in (tmp_path / "runs" / "latest" / "logs").iterdir()) == ["rank-0.log", "rank-1.log"]
+    assert sorted(path.name for path in (tmp_path / "runs" / "latest" / "logs").iterdir()) == [
+        "rank-0.log",
+        "rank-1.log",
+    ]
     ours = curve(tmp_path)
     assert len(ours) == len(alone)
     for epoch, reference in zip(ours, alone, strict=True):
@@ -94,7 +97,10 @@ def test_the_same_command_again_reuses_everything(forks: Forks, tmp_path: Path) 
     before = weights(tmp_path)
     second = forks.run(*pair, cwd=tmp_path)
     assert second.code == 0, second.text
-    assert {entry["name"]: entry["status"] for entry in valid_manifest(tmp_path)["stages"]} == {"teacher": "reused", "student": "reused"}
+    assert {entry["name"]: entry["status"] for entry in valid_manifest(tmp_path)["stages"]} == {
+        "teacher": "reused",
+        "student": "reused",
+    }
     assert weights(tmp_path) == before
     assert second.seconds < first.seconds
     assert stage(manifest(tmp_path), "student")["metrics"]["steps"] == 20, "a reused stage keeps its figures"
@@ -117,7 +123,12 @@ def test_a_sweep_in_every_world(how: str, forks: Forks, tmp_path: Path) -> None:
     if how == "one process":
         done = forks.run(*sweep, cwd=tmp_path)
     else:
-        done = run(*sweep, *(WORLD if how == "launch=local" else ()), cwd=tmp_path, launcher=(*MPIRUN, "-np", "2") if how == "mpirun" else ())
+        done = run(
+            *sweep,
+            *(WORLD if how == "launch=local" else ()),
+            cwd=tmp_path,
+            launcher=(*MPIRUN, "-np", "2") if how == "mpirun" else (),
+        )
     assert done.code == 0, done.text
     told = [valid_manifest(tmp_path, run=path.name) for path in run_directories(tmp_path)]
     assert sorted(stage(one, "model")["metrics"]["epochs"] for one in told) == [1, 2]
@@ -143,7 +154,12 @@ def test_ranks_with_different_configs_stop_and_name_the_keys(tmp_path: Path) -> 
 def test_secrets_stay_behind(controller: str, tmp_path: Path) -> None:
     seen = tmp_path / "seen"
     seen.mkdir()
-    overrides = (f"+data.record_environment_in={seen}", "launch.env=[WANTED]", f"launch.controller={controller}", "fit.max_steps=1")
+    overrides = (
+        f"+data.record_environment_in={seen}",
+        "launch.env=[WANTED]",
+        f"launch.controller={controller}",
+        "fit.max_steps=1",
+    )
     secrets = {"DATABASE_PASSWORD": "secret-1", "AWS_SECRET_ACCESS_KEY": "secret-2", "WANTED": "yes"}
     done = run(*TINY, *WORLD, *overrides, cwd=tmp_path, env=secrets)
     assert done.code == 0, done.text
@@ -190,6 +206,17 @@ def test_help_and_the_composed_config(forks: Forks, tmp_path: Path) -> None:
 def test_events_are_json_lines(forks: Forks, tmp_path: Path) -> None:
     done = forks.run(*TINY, "fit.checkpoint_every_steps=10", cwd=tmp_path)
     assert done.code == 0, done.text
-    told = [json.loads(line) for line in (tmp_path / "runs" / "latest" / "events.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [entry["event"] for entry in told] == ["stage_start", "checkpoint", "epoch", "checkpoint", "epoch", "stage_end", "job_end"]
+    told = [
+        json.loads(line)
+        for line in (tmp_path / "runs" / "latest" / "events.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    assert [entry["event"] for entry in told] == [
+        "stage_start",
+        "checkpoint",
+        "epoch",
+        "checkpoint",
+        "epoch",
+        "stage_end",
+        "job_end",
+    ]
     assert all(earlier["time"] <= later["time"] for earlier, later in zip(told, told[1:], strict=False))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -112,6 +115,20 @@ def conclude(title: str, text: str, *, figures: dict[str, Any], args: argparse.N
 def note(text: str) -> None:
     """Say on stderr what is under way."""
     print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
+
+
+def die_with_parent() -> None:
+    """End this process when the one that started it has ended."""
+    # A stopped process does not notice that nobody will wake it again. Linux only.
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A reader sees the whole file or none."""
+    part = path.with_suffix(".part")
+    part.write_text(text)
+    part.rename(path)
 
 
 def _plain(value: Any) -> Any:

@@ -8,7 +8,6 @@ blocks; the processes of the two that wait are stopped (SIGSTOP), so that each b
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -22,7 +21,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import conclude, note, paired, parser, spread, table
+from benchmarks.common import conclude, die_with_parent, note, paired, parser, spread, table, write_whole
 from horovod_jobs.errors import SetupError
 
 RANKS = 2
@@ -35,7 +34,7 @@ def rank_main(system: str, work: str, directory: Path, *, warmup: int) -> None:
     """One rank of one world: warm up, then a block of steps whenever the parent asks for one."""
     import torch
 
-    _die_with_parent()
+    die_with_parent()
     torch.set_num_threads(1)
     rank, step, describe, close = _SETUPS[system](work)
     for _ in range(max(warmup, 1)):
@@ -45,7 +44,7 @@ def rank_main(system: str, work: str, directory: Path, *, warmup: int) -> None:
     (directory / f"pid-{rank}").write_text(str(os.getpid()))
     block = 0
     while True:
-        _write(directory / f"idle-{block}-{rank}", json.dumps(describe()))
+        write_whole(directory / f"idle-{block}-{rank}", json.dumps(describe()))
         order = directory / f"go-{block}"
         while not order.exists():
             time.sleep(0.005)
@@ -57,7 +56,7 @@ def rank_main(system: str, work: str, directory: Path, *, warmup: int) -> None:
             start = time.perf_counter()
             step()
             seconds.append(time.perf_counter() - start)
-        _write(directory / f"times-{block}-{rank}", json.dumps(seconds))
+        write_whole(directory / f"times-{block}-{rank}", json.dumps(seconds))
         block += 1
     close()
 
@@ -145,18 +144,6 @@ def _bound(work: str) -> Setup:
 _SETUPS: dict[str, Callable[[str], Setup]] = {"ours": _ours, "ddp": _ddp, "bound": _bound}
 
 
-def _die_with_parent() -> None:
-    # A stopped process does not notice that nobody will wake it again. Linux only.
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(text)
-    part.rename(path)
-
-
 # --- in the parent ----------------------------------------------------------------------------------------------------
 class PausedWorld:
     """A world that runs a block of steps when it is asked to, and is stopped in between."""
@@ -167,7 +154,7 @@ class PausedWorld:
         self._pids: list[int] = []
         arguments = ["--rank", system, work, str(directory), str(warmup)]
         self._processes = [
-            subprocess.Popen(argv, env=env, start_new_session=True, preexec_fn=_die_with_parent)
+            subprocess.Popen(argv, env=env, start_new_session=True, preexec_fn=die_with_parent)
             for argv, env in _commands(system, arguments)
         ]
 
@@ -188,7 +175,7 @@ class PausedWorld:
 
     def _order(self, steps: int) -> None:
         self._signal(signal.SIGCONT)
-        _write(self.directory / f"go-{self._blocks}", str(steps))
+        write_whole(self.directory / f"go-{self._blocks}", str(steps))
 
     def _wait(self, kind: str, *, limit_s: float) -> list[Any]:
         paths = [self.directory / f"{kind}-{self._blocks}-{rank}" for rank in range(RANKS)]

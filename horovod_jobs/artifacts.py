@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -204,10 +204,12 @@ class ArtifactStore:
             yield
             stream.truncate(0)
 
-    def sweep_staging(self) -> None:
-        """Remove staging directories that a killed job left behind; only those whose job is gone are older than a day."""
+    def sweep_staging(self, kind: str, fingerprint: str) -> None:
+        """Remove staging directories that killed jobs left behind: this artifact's, whose lock the caller holds, and any a day old."""
         import time
 
+        ours = f".staging-{reference(kind, fingerprint)}-"
         for path in self.root.glob(".staging-*"):
-            if time.time() - path.stat().st_mtime > 86400:
-                shutil.rmtree(path, ignore_errors=True)
+            with suppress(FileNotFoundError):
+                if path.name.startswith(ours) or time.time() - path.stat().st_mtime > 86400:
+                    shutil.rmtree(path, ignore_errors=True)

@@ -180,7 +180,7 @@ class Run:
 
             def enter() -> str:
                 stack.enter_context(self.store.lock(kind, fingerprint))
-                self.store.sweep_staging()
+                self.store.sweep_staging(kind, fingerprint)
                 return str(self.store.staging(kind, fingerprint))
 
             staging = Path(self.world.main(enter, name="stage.enter"))

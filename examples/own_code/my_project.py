@@ -16,7 +16,7 @@ class Waves(Dataset[tuple[Tensor, int]]):
     def __init__(self, samples: int, *, classes: int, noise: float, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         self._classes = torch.randint(classes, (samples,), generator=generator)
-        phase = torch.rand(samples, 1, generator=generator) * 2 * torch.pi
+        phase = torch.rand(samples, 1, generator=generator) / 2
         time = torch.linspace(0, 2 * torch.pi, 32)
         clean = torch.sin(time * (self._classes[:, None] + 1) + phase)
         self._waves = clean + noise * torch.randn(clean.shape, generator=generator)

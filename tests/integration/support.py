@@ -103,6 +103,7 @@ class Running:
     out: Path
     err: Path
     started: float
+    before: list[Path]  # run directories that were there when it started
 
     def wait(self, *, timeout_s: float = LIMIT_S) -> Done:
         """Wait for its end; a job that does not end in time is killed and fails the test."""
@@ -164,6 +165,7 @@ def _environ(pid: int) -> dict[str, str]:
 def start(*arguments: str, cwd: Path, launcher: Sequence[str] = (), env: Mapping[str, str] | None = None) -> Running:
     """Start ``launcher... python -m horovod_jobs arguments...`` in a session of its own."""
     mark = uuid.uuid4().hex
+    before = run_directories(cwd)
     out, err = cwd / f"out-{mark[:6]}.txt", cwd / f"err-{mark[:6]}.txt"
     with out.open("wb") as stdout, err.open("wb") as stderr:
         process = subprocess.Popen(
@@ -175,7 +177,7 @@ def start(*arguments: str, cwd: Path, launcher: Sequence[str] = (), env: Mapping
             stderr=stderr,
             start_new_session=True,
         )
-    return Running(process, cwd, mark, out, err, time.monotonic())
+    return Running(process, cwd, mark, out, err, time.monotonic(), before)
 
 
 def run(

@@ -1,5 +1,7 @@
 """What a person gets wrong: one line with the value and the remedy, the exit code of its class, no traceback, no rank that hangs."""
 
+# ruff: noqa: E501 (a row of the table is easier to read on one line)
+
 from __future__ import annotations
 
 import gzip

@@ -37,7 +37,6 @@ LONG = (
     "fit.epochs=20",
     "fit.checkpoint_every_steps=20",
     "fit.ema_decay=0.9",
-    "fit.publish=best",
     "data.augment={_target_: horovod_jobs.data.augment.ShiftFlipCrop, shift: 1}",
 )
 STEPS = 200
@@ -53,9 +52,12 @@ def untouched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return weights(directory)
 
 
-def checkpoints(cwd: Path) -> list[int]:
-    """Steps of the checkpoints that this run has told of."""
-    return [entry["step"] for entry in events(cwd) if entry["event"] == "checkpoint"]
+def checkpoints(running: Running) -> list[int]:
+    """Steps of the checkpoints that this job has told of; a run that was there before it does not count."""
+    new = [path.name for path in run_directories(running.directory) if path not in running.before]
+    return [
+        entry["step"] for name in new for entry in events(running.directory, run=name) if entry["event"] == "checkpoint"
+    ]
 
 
 def at_checkpoint(running: Running, number: int) -> None:
@@ -63,7 +65,7 @@ def at_checkpoint(running: Running, number: int) -> None:
 
     def look() -> bool:
         assert running.process.poll() is None, running.err.read_text(errors="replace")
-        return len(checkpoints(running.directory)) >= number
+        return len(checkpoints(running)) >= number
 
     wait_for(look, what=f"checkpoint {number}")
 
@@ -264,10 +266,9 @@ def test_killed_while_publishing_leaves_no_half_artifact(forks: Forks, tmp_path:
     )  # 36 MB take a moment
     for attempt in range(3):
         running = start(*wide, cwd=tmp_path)
+        ended = running.process.poll
         wait_for(
-            lambda: (
-                next((tmp_path / "artifacts").glob(".staging-model-*/*"), None) or running.process.poll() is not None
-            ),  # noqa: B023
+            lambda ended=ended: next((tmp_path / "artifacts").glob(".staging-model-*/*"), None) or ended() is not None,
             what="the first file of the artifact",
         )
         running.process.kill()

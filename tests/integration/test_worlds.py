@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -107,7 +108,7 @@ def test_the_same_command_again_reuses_everything(forks: Forks, tmp_path: Path) 
 
 
 def test_a_sweep_trains_its_teacher_once(forks: Forks, tmp_path: Path) -> None:
-    done = forks.run(*TINY, "graph=pair", "-m", "distiller.temperature=1,2,4", cwd=tmp_path)
+    done = forks.run("-m", *TINY, "graph=pair", "distiller.temperature=1,2,4", cwd=tmp_path)
     assert done.code == 0, done.text
     told = [valid_manifest(tmp_path, run=path.name) for path in run_directories(tmp_path)]
     assert sorted(stage(one, "teacher")["status"] for one in told) == ["ran", "reused", "reused"]
@@ -119,7 +120,7 @@ def test_a_sweep_trains_its_teacher_once(forks: Forks, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["one process", "mpirun", "launch=local"])
 def test_a_sweep_in_every_world(how: str, forks: Forks, tmp_path: Path) -> None:
-    sweep = (*TINY, "-m", "fit.epochs=1,2")
+    sweep = ("-m", *TINY, "fit.epochs=1,2")
     if how == "one process":
         done = forks.run(*sweep, cwd=tmp_path)
     else:
@@ -219,4 +220,4 @@ def test_events_are_json_lines(forks: Forks, tmp_path: Path) -> None:
         "stage_end",
         "job_end",
     ]
-    assert all(earlier["time"] <= later["time"] for earlier, later in zip(told, told[1:], strict=False))
+    assert all(earlier["time"] <= later["time"] for earlier, later in pairwise(told))

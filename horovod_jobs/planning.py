@@ -137,7 +137,6 @@ def _check_stage(node: Node, prepared: Prepared, world: World) -> None:
 
 def _check_train(stage: TrainStage, prepared: Prepared, world: World, where: str) -> None:
     from horovod_jobs.data.sharding import check_divides
-
     from horovod_jobs.training.precision import choose_device
 
     allow, data, fit = prepared.job.config.allow_targets, prepared.data, stage.fit

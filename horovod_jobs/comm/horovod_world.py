@@ -119,6 +119,20 @@ class HorovodWorld(World):
         hvd.shutdown()
 
 
+class _Contiguous:
+    """A Horovod compressor in front of another: Horovod takes contiguous tensors only, and channels-last weights have other gradients."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def compress(self, tensor: Tensor) -> Any:
+        return self._inner.compress(tensor.contiguous())
+
+    def decompress(self, tensor: Tensor, context: Any) -> Tensor:
+        restored: Tensor = self._inner.decompress(tensor, context)
+        return restored
+
+
 def _callable_with_parameters_only(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """A twin that shares everything with ``optimizer`` and whose class can be made anew from its parameters.
 
@@ -153,7 +167,7 @@ class HorovodExchange:
         self._wrapped: Any = hvd.DistributedOptimizer(
             _callable_with_parameters_only(optimizer),
             named_parameters=self._trainable,
-            compression=_COMPRESSION[compression],
+            compression=_Contiguous(_COMPRESSION[compression]),
             backward_passes_per_step=accumulate,
             op=hvd.Sum,
         )

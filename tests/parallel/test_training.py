@@ -144,6 +144,18 @@ def test_fp16_compression_is_near(world: World, shared_dir: Path) -> None:
     assert all(torch.allclose(plain[key].double(), half[key].double(), atol=0.02) for key in plain)
 
 
+# torch.compile imports a part of torch that still uses TorchScript.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("setting", [{"channels_last": True}, {"compile": True}, {"precision": "bf16"}], ids=str)
+def test_layout_compiler_and_precision_train_in_a_world(
+    world: World, shared_dir: Path, setting: dict[str, Any]
+) -> None:
+    plain, _ = run(shared_dir / "a", world, max_steps=4)
+    other, result = run(shared_dir / "b", world, max_steps=4, **setting)
+    assert result.metrics["steps"] == 4
+    assert all(torch.allclose(plain[key].double(), other[key].double(), atol=0.05) for key in plain)
+
+
 def published(ctx: Any, *, fingerprint: str) -> Artifact:
     """Publish what a stage wrote."""
     path = ctx.world.main(

@@ -93,7 +93,7 @@ def fit_and_save(
     """Collective. Train an objective that is on its device, write its model into ``ctx.staging``."""
     world, allow = ctx.world, ctx.allow_targets
     if cfg.fit.sync_batchnorm:
-        synchronise(objective, world=world)
+        synchronise(objective, world=world, compiled=cfg.fit.compile)
     with world.agreed("train.parts"):
         trainable = [parameter for parameter in objective.parameters() if parameter.requires_grad]
         optimizer = instantiate(cfg.optimizer, allow=allow, where=f"stages.{ctx.name}.optimizer", params=trainable)

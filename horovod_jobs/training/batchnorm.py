@@ -118,12 +118,18 @@ class SyncBatchNorm(nn.Module):
         self.running_var.lerp_(var * (count / max(1.0, count - 1.0)), factor)
 
 
-def synchronise(module: nn.Module, *, world: World, prefix: str = "bn") -> None:
-    """Put a ``SyncBatchNorm`` in the place of every batch norm below ``module``, in place. Nothing to do in a world of one."""
+def synchronise(module: nn.Module, *, world: World, compiled: bool = False, prefix: str = "bn") -> None:
+    """Put a ``SyncBatchNorm`` in the place of every batch norm below ``module``, in place. Nothing to do in a world of one.
+
+    ``compiled`` keeps torch.compile out of it: the compiler cannot look into a collective.
+    """
     if world.size == 1:
         return
     for name, child in list(module.named_children()):
         if isinstance(child, nn.modules.batchnorm._BatchNorm):
-            setattr(module, name, SyncBatchNorm(child, world=world, name=f"{prefix}.{name}"))
+            replacement = SyncBatchNorm(child, world=world, name=f"{prefix}.{name}")
+            if compiled:
+                replacement.forward = torch.compiler.disable(replacement.forward)  # type: ignore[method-assign]
+            setattr(module, name, replacement)
         else:
-            synchronise(child, world=world, prefix=f"{prefix}.{name}")
+            synchronise(child, world=world, compiled=compiled, prefix=f"{prefix}.{name}")

@@ -144,7 +144,8 @@ def test_fp16_compression_is_near(world: World, shared_dir: Path) -> None:
     assert all(torch.allclose(plain[key].double(), half[key].double(), atol=0.02) for key in plain)
 
 
-# torch.compile imports a part of torch that still uses TorchScript.
+# torch.compile imports a part of torch that still uses TorchScript, and looks at gradients where it goes on after a graph break.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("setting", [{"channels_last": True}, {"compile": True}, {"precision": "bf16"}], ids=str)
 def test_layout_compiler_and_precision_train_in_a_world(

@@ -45,7 +45,6 @@ def rank(arguments: list[str]) -> int:
     if world.is_main and worst:
         print(f"exit codes of pytest by rank: {codes}", file=sys.stderr)
     launch.record_exit(worst)
-    world.barrier(name="in_world.end")
     world.shutdown()
     return worst
 

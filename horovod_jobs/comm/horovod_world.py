@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable
 from typing import Any
 
 import horovod.torch as hvd
 import torch
+from horovod.common.exceptions import HorovodInternalError
 from torch import Tensor
 
 from horovod_jobs.comm.world import GradientExchange, Handle, World
@@ -114,8 +116,15 @@ class HorovodWorld(World):
         )
 
     def shutdown(self) -> None:
+        # Every rank must have heard the end of the last collective before the first one leaves: Horovod fails what is still open.
         if self._direct is not None:
+            self._direct.Barrier()
             self._direct.Free()
+        else:
+            with contextlib.suppress(
+                HorovodInternalError
+            ):  # Who hears of this last one late finds the world gone, which is all right.
+                self.barrier(name="comm.shutdown")
         hvd.shutdown()
 
 

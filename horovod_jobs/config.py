@@ -25,7 +25,7 @@ class FitConfig:
     workers: int = 0  # loader processes a rank, for data sets that are not in memory
     lr_reference_batch: int | None = None  # the batch optimizer.lr is meant for; scaled linearly (Goyal et al. 2017)
     clip_norm: float | None = None  # largest global L2 norm of the gradient
-    precision: str = "fp32"  # fp32, bf16 or fp16 (autocast; fp16 scales the loss and needs a GPU)
+    precision: str = "fp32"  # fp32, bf16 or fp16 (autocast; fp16 also scales the loss)
     channels_last: bool = False  # memory layout of images and convolutions
     compile: bool = False  # torch.compile the forward pass
     device: str = "auto"  # auto, cpu or cuda

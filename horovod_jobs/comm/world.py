@@ -6,6 +6,7 @@ A method whose docstring says "collective" must be reached by every rank. One pr
 from __future__ import annotations
 
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -36,7 +37,7 @@ class GradientExchange(Protocol):
     def close(self) -> None: ...
 
 
-class World:
+class World(ABC):
     """Base of the worlds: what can be said with the few primitives that each one implements.
 
     Attributes: ``rank`` of ``size``; ``local_rank`` of ``local_size`` on this host; ``cross_rank`` (the host's number) of
@@ -56,18 +57,19 @@ class World:
         return self.rank == 0
 
     # --- primitives -------------------------------------------------------------------------------------------------
+    @abstractmethod
     def allreduce_async(self, tensor: Tensor, *, name: str, op: str = "sum") -> Handle:
         """Collective. Start a reduction; ``wait()`` gives a new tensor of the same dtype."""
-        raise NotImplementedError
 
+    @abstractmethod
     def broadcast(self, tensor: Tensor, *, name: str, root: int = 0) -> Tensor:
         """Collective. The root's tensor, on every rank; shapes and dtypes must agree."""
-        raise NotImplementedError
 
+    @abstractmethod
     def gather_bytes(self, value: bytes, *, name: str) -> list[bytes]:
         """Collective. Every rank's bytes, in the order of ranks."""
-        raise NotImplementedError
 
+    @abstractmethod
     def distribute(
         self,
         optimizer: torch.optim.Optimizer,
@@ -81,9 +83,8 @@ class World:
 
         ``accumulate`` backward passes make one exchange; ``num_groups`` 0 lets Horovod fuse as it likes.
         """
-        raise NotImplementedError
 
-    def shutdown(self) -> None:
+    def shutdown(self) -> None:  # noqa: B027  A world of one has nothing to leave.
         """Leave the world in order. Collective."""
 
     # --- built on them ----------------------------------------------------------------------------------------------

@@ -217,8 +217,10 @@ def _goodbye() -> bool:
             world.barrier(name="goodbye")
             arrived.set()
 
-    threading.Thread(target=meet, daemon=True).start()
-    return arrived.wait(_GOODBYE_S)
+    meeting = threading.Thread(target=meet, daemon=True)
+    meeting.start()
+    meeting.join(_GOODBYE_S)
+    return arrived.is_set()
 
 
 def _leave() -> None:

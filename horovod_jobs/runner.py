@@ -15,6 +15,7 @@ from typing import Any
 
 from horovod_jobs import manifest as manifests
 from horovod_jobs.artifacts import Artifact, ArtifactStore
+from horovod_jobs.comm.connect import world_lost
 from horovod_jobs.comm.world import World
 from horovod_jobs.console import Console, EventLog, logging_to
 from horovod_jobs.errors import ConfigError, Interrupted, JobError, StorageError, WorldError
@@ -112,8 +113,11 @@ class Run:
             self._begin_manifest()
             try:
                 self._stages(stack, prepared)
-            except BaseException as error:
-                self._end(error)
+            except BaseException as caught:
+                lost = world_lost(caught)
+                self._end(lost or caught)
+                if lost is not None:
+                    raise lost from caught
                 raise
             self._end(None)
         return Outcome(run_dir, self.manifest)

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Mapping
 
 from horovod_jobs.comm.world import SingleWorld, World
-from horovod_jobs.errors import SetupError
+from horovod_jobs.errors import SetupError, WorldError
 
 _MPI_MARKS = ("OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK", "PMI_SIZE")
 _GLOO_MARK = "HOROVOD_GLOO_RENDEZVOUS_ADDR"
@@ -50,6 +50,17 @@ def connect() -> World:
         ) from error
     init_horovod(launched_by_mpi=controller == "mpi")
     return HorovodWorld(controller)
+
+
+def world_lost(error: BaseException) -> WorldError | None:
+    """What to say if ``error`` is Horovod's or MPI's way of telling that another rank has gone; None for any other error."""
+    home = type(error).__module__ or ""
+    if home.startswith(("horovod", "mpi4py")) or "Horovod has been shut down" in str(error):
+        return WorldError(
+            f"another rank has ended, or the way to it is cut ({str(error).strip().splitlines()[0][:120]}); see its log file; "
+            "the same command goes on from the last checkpoint"
+        )
+    return None
 
 
 def _check_host_name() -> None:

@@ -113,8 +113,9 @@ def test_killed_outright(who: str, kill: Callable[[Running], None], tmp_path: Pa
     running.nothing_left()
     assert weights(tmp_path) == {}
     told = valid_manifest(tmp_path)
-    assert told["status"] in ("running", "failed"), "a killed run leaves a true manifest"
-    assert stage(told, "model")["status"] in ("running", "failed")
+    # Whose launcher is gone may still have had the time for a checkpoint: mpirun sends its ranks SIGTERM first.
+    assert told["status"] in ("running", "failed", "interrupted"), "a killed run leaves a true manifest"
+    assert stage(told, "model")["status"] in ("running", "failed", "pending")
     again(tmp_path, wanted=untouched)
     assert len(run_directories(tmp_path)) == 2
 

@@ -64,12 +64,12 @@ def save_model(
     Raises:
         StorageError: no space or no permission.
     """
-    import torch
     from safetensors import SafetensorError
     from safetensors.torch import save_model as write_weights
 
     try:
-        write_weights(model, str(directory / WEIGHTS), metadata={"format": "pt", "torch": str(torch.__version__)})
+        # One key: safetensors writes several in a random order, and the same weights must be the same file.
+        write_weights(model, str(directory / WEIGHTS), metadata={"format": "pt"})
     except SafetensorError as error:  # Its own type, where others raise OSError.
         number = re.search(r"os error (\d+)", str(error))
         code = int(number[1]) if number else errno.EIO

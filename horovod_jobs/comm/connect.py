@@ -54,8 +54,8 @@ def connect() -> World:
 
 def world_lost(error: BaseException) -> WorldError | None:
     """What to say if ``error`` is Horovod's or MPI's way of telling that another rank has gone; None for any other error."""
-    home = type(error).__module__ or ""
-    if home.startswith(("horovod", "mpi4py")) or "Horovod has been shut down" in str(error):
+    home = (type(error).__module__ or "").split(".")[0]
+    if home in ("horovod", "mpi4py") or "Horovod has been shut down" in str(error):
         return WorldError(
             f"another rank has ended, or the way to it is cut ({str(error).strip().splitlines()[0][:120]}); see its log file; "
             "the same command goes on from the last checkpoint"

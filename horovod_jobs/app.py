@@ -121,13 +121,10 @@ def _run_here(job: Job) -> None:
         outcome = Run(job, world, command=_command(), stop=stop)()
     if world.is_main:
         from horovod_jobs.console import result_console
-        from horovod_jobs.report import collect, render_terminal_table
+        from horovod_jobs.report import summary
 
-        data = collect(outcome.run_dir)
         shown = result_console()
-        print(render_terminal_table(data, width=shown.width, color=shown.is_terminal))
-        page = outcome.run_dir / "report.html"
-        print(f"Report: {page}" if page.is_file() else f"Run: {outcome.run_dir}")
+        print(summary(outcome.run_dir, width=shown.width, color=shown.is_terminal))
 
 
 def _apply_settings(job: Job) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from horovod_jobs import manifest as manifests
 from horovod_jobs.errors import ArtifactError
 from horovod_jobs.manifest import StageEntry
+from horovod_jobs.storage import flatten
 
 FIGURES = ("status", "seconds", "energy_kwh", "co2_kg", "cost_usd", "parameters", "model_bytes")
 IGNORED = ("run.id",)
@@ -77,12 +78,4 @@ def _flat_config(run_dir: Path) -> dict[str, Any]:
         value = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
     except (OSError, yaml.YAMLError) as error:
         raise ArtifactError(f"{path} cannot be read ({error}); compare runs that have their config") from error
-    return dict(_flatten(value))
-
-
-def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        for key, entry in value.items():
-            yield from _flatten(entry, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, value
+    return dict(flatten(value))

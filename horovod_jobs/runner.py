@@ -26,7 +26,7 @@ from horovod_jobs.job import Job
 from horovod_jobs.planning import Planned, Prepared, plan, prepare
 from horovod_jobs.spending import Spending
 from horovod_jobs.stages.base import StageContext, StageResult
-from horovod_jobs.storage import digest_of, storage_errors, update_link, write_text
+from horovod_jobs.storage import digest_of, flatten, storage_errors, update_link, write_text
 from horovod_jobs.tracking import NullTracker, Tracker
 from horovod_jobs.versions import versions
 
@@ -45,7 +45,7 @@ def check_same_config(job: Job, world: World) -> None:
     Raises:
         WorldError: naming the keys that differ and who says what.
     """
-    flat = dict(_flatten({key: value for key, value in job.resolved.items() if key != "launch"}))
+    flat = dict(flatten({key: value for key, value in job.resolved.items() if key != "launch"}))
     digests = world.gather_json(digest_of(flat), name="config.digest")
     if len(set(digests)) == 1:
         return
@@ -55,14 +55,6 @@ def check_same_config(job: Job, world: World) -> None:
         f"{key}: " + ", ".join(f"rank {rank} {one.get(key)!r}" for rank, one in enumerate(told)) for key in keys[:5]
     )
     raise WorldError(f"ranks were given different configs ({shown}); start every rank with the same command and files")
-
-
-def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        for key, entry in value.items():
-            yield from _flatten(entry, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, value
 
 
 def _now() -> str:

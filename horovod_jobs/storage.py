@@ -60,6 +60,15 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
+def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """A nested mapping's leaves with their dotted keys; an empty mapping is a leaf."""
+    if isinstance(value, dict) and value:
+        for key, entry in value.items():
+            yield from flatten(entry, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value
+
+
 def _fsync_dir(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:

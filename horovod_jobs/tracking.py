@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from horovod_jobs.errors import SetupError
+from horovod_jobs.storage import flatten
 
 
 class Tracker(Protocol):
@@ -71,7 +72,9 @@ class MLflow:
         found = self._client.get_experiment_by_name(self._experiment)
         experiment_id = found.experiment_id if found else self._client.create_experiment(self._experiment)
         self._run_id = self._client.create_run(experiment_id, run_name=run_id).info.run_id
-        for key, value in _flat(config):
+        for key, value in flatten(config):
+            if value == {}:
+                continue
             self._client.log_param(self._run_id, key, str(value)[:500])
 
     def scalar(self, name: str, value: float, *, step: int) -> None:
@@ -80,11 +83,3 @@ class MLflow:
     def close(self, *, failed: bool = False) -> None:
         if self._client is not None:
             self._client.set_terminated(self._run_id, status="FAILED" if failed else "FINISHED")
-
-
-def _flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    if isinstance(value, dict):
-        return [
-            item for key, entry in value.items() for item in _flat(entry, f"{prefix}.{key}" if prefix else str(key))
-        ]
-    return [(prefix, value)]

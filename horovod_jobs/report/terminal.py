@@ -67,12 +67,12 @@ def _tables(table: Table, width: int) -> list[RichTable]:
     return shown_groups
 
 
-def summary(run_dir: str | Path) -> str:
-    """What a job prints at its end: the table, and where the report is."""
+def summary(run_dir: str | Path, *, width: int | None = None, color: bool = False) -> str:
+    """What a job prints at its end: the table (see ``render_terminal_table``), and where the report is."""
     run_dir = Path(run_dir)
     data = collect(run_dir)
     page = run_dir / "report.html"
-    lines = [render_terminal_table(data, color=sys.stdout.isatty())]
+    lines = [render_terminal_table(data, width=width, color=color)]
     lines.append(
         f"Report: {page}" if page.is_file() else f"Run: {run_dir} (horovod-runs report {run_dir.name} makes a report)"
     )

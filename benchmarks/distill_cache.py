@@ -76,7 +76,7 @@ class InTurn:
         updater.finish_step = self._finish_step
         return updater
 
-    def _finish_step(self, seconds: float) -> None:
+    def _finish_step(self, spent: Any) -> None:
         now = time.perf_counter()
         self._done += 1
         measured, turns = self._done - self._turns.warmup, self._turns

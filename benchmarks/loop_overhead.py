@@ -60,7 +60,7 @@ class Turns:
         updater.finish_step = self._finish_step
         return updater
 
-    def _finish_step(self, seconds: float) -> None:
+    def _finish_step(self, spent: Any) -> None:
         now = time.perf_counter()
         self._done += 1
         measured = self._done - self._warmup

@@ -81,12 +81,13 @@ def _ours(work: str) -> Setup:
     from horovod_jobs import launch
     from horovod_jobs.comm.connect import connect
     from horovod_jobs.strategy.allreduce import Allreduce
+    from horovod_jobs.strategy.base import Setting, StepTime
 
     launch.register_rank()
     world = connect()
     model, optimizer, batch = _parts(work, world.rank)
     # As in a long stage, so that the probe of the first steps runs.
-    updater = Allreduce().bind(optimizer, model.named_parameters(), world=world, accumulate=1, total_steps=1_000_000)
+    updater = Allreduce().bind(optimizer, model.named_parameters(), Setting(world, total_steps=1_000_000))
 
     def step() -> None:
         start = time.perf_counter()
@@ -94,7 +95,8 @@ def _ours(work: str) -> Setup:
         (loss_of(model, batch) / world.size).backward()
         updater.synchronize()
         updater.step()
-        updater.finish_step(time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        updater.finish_step(StepTime(total_s=seconds, compute_s=seconds, samples=len(batch[1])))
 
     def describe() -> dict[str, Any]:
         return {"ready": not updater.tuning, **updater.describe()}

@@ -8,6 +8,7 @@ the sums of one process.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -35,10 +36,26 @@ def rank_slice(count: int, *, rank: int, size: int) -> slice:
     return slice(count * rank // size, count * (rank + 1) // size)
 
 
-def micro_batches(global_indices: Tensor, *, rank: int, size: int, accumulate: int) -> list[Tensor]:
-    """This rank's share of a global batch as exactly ``accumulate`` tensors, in order; some may be empty."""
+def weighted_slice(count: int, *, rank: int, shares: Sequence[float]) -> slice:
+    """The contiguous part of ``range(count)`` that ``shares`` (which add up to 1) gives to ``rank``: within one sample of its share."""
+    _check_rank(rank, len(shares))
+    ends = [round(count * sum(shares[:part])) for part in range(len(shares))] + [count]
+    return slice(ends[rank], ends[rank + 1])
+
+
+def micro_batches(
+    global_indices: Tensor, *, rank: int, size: int, accumulate: int, shares: Sequence[float] | None = None
+) -> list[Tensor]:
+    """This rank's share of a global batch as exactly ``accumulate`` tensors, in order; some may be empty.
+
+    ``shares``: how the batch is divided over ranks; evenly without it.
+    """
     _positive(accumulate=accumulate)
-    share = global_indices[rank_slice(len(global_indices), rank=rank, size=size)]
+    count = len(global_indices)
+    mine = (
+        rank_slice(count, rank=rank, size=size) if shares is None else weighted_slice(count, rank=rank, shares=shares)
+    )
+    share = global_indices[mine]
     return [share[rank_slice(len(share), rank=step, size=accumulate)] for step in range(accumulate)]
 
 

@@ -10,8 +10,8 @@ import statistics
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from horovod_jobs.comm.world import World
 from horovod_jobs.errors import ConfigError
+from horovod_jobs.strategy.base import Setting, StepTime, Updater
 
 if TYPE_CHECKING:
     import torch
@@ -70,51 +70,46 @@ class Allreduce:
         self,
         optimizer: torch.optim.Optimizer,
         named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
-        *,
-        world: World,
-        accumulate: int,
-        total_steps: int,
+        setting: Setting,
     ) -> AllreduceUpdater:
         """Collective. The updater of one stage."""
         return AllreduceUpdater(
             optimizer,
             list(named_parameters),
-            world=world,
-            accumulate=accumulate,
+            setting,
             compression=self.compression,
             num_groups=self.num_groups,
-            tune=self.tune and world.size > 1 and total_steps >= 10 * PROBE_STEPS,
+            tune=self.tune and setting.world.size > 1 and setting.total_steps >= 10 * PROBE_STEPS,
         )
 
 
-class AllreduceUpdater:
+class AllreduceUpdater(Updater):
     """See ``strategy.base.Updater``."""
 
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
         named_parameters: list[tuple[str, torch.nn.Parameter]],
+        setting: Setting,
         *,
-        world: World,
-        accumulate: int,
         compression: str,
         num_groups: int,
         tune: bool,
     ) -> None:
-        self._optimizer, self._world = optimizer, world
+        super().__init__(optimizer, setting)
         self._compression = compression
         self._num_groups = num_groups
         self._tuned_by: dict[str, float] = {}  # num_groups -> median step in ms
         self._probe = _Probe() if tune else None
         if self._probe is not None:
             self._num_groups = self._probe.candidate
-        self._exchange = world.distribute(
-            optimizer, named_parameters, accumulate=accumulate, compression=compression, num_groups=self._num_groups
+        self._exchange = self.world.distribute(
+            optimizer,
+            named_parameters,
+            accumulate=setting.accumulate,
+            compression=compression,
+            num_groups=self._num_groups,
         )
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return self._optimizer.param_groups
 
     @property
     def tuning(self) -> bool:
@@ -129,18 +124,19 @@ class AllreduceUpdater:
         self._exchange.synchronize()
 
     def step(self) -> None:
+        self.clip()
         self._exchange.step()
 
-    def finish_step(self, seconds: float) -> None:
+    def finish_step(self, spent: StepTime) -> None:
         """Collective while tuning. Note the step's time and move on to the next candidate when its turn is over."""
         if self._probe is None:
             return
-        self._probe.note(seconds)
+        self._probe.note(spent.total_s)
         if self._probe.turn_is_over:
             self._probe.next_turn()
             if self._probe.done:
                 # Clocks differ between ranks, so one rank decides for all.
-                medians = self._world.broadcast_json(self._probe.medians_ms(), name="strategy.tuned")
+                medians = self.world.broadcast_json(self._probe.medians_ms(), name="strategy.tuned")
                 self._tuned_by = medians
                 self._use(int(min(medians, key=medians.__getitem__)))
                 self._probe = None

@@ -1,4 +1,7 @@
-"""Checkpoints of a stage under way: atomic, checked, the last few and the best. Rank 0 writes and reads; all get the bytes."""
+"""Checkpoints of a stage under way: atomic, checked, the last few and the best. Rank 0 writes and reads; all get the bytes.
+
+What each rank has of its own travels to rank 0, one rank at a time, so ranks need no common file system.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import json
 import logging
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +20,38 @@ from horovod_jobs.comm.world import World
 from horovod_jobs.storage import publish_dir, sha256_file, storage_errors, write_json
 
 _STATE, _INDEX = "state.pt", "checkpoint.json"
+RankState = dict[str, torch.Tensor]
 
 
 class Checkpoints:
-    """``<directory>/step-<n>/`` holds ``state.pt`` (tensors and plain values only) and its SHA-256."""
+    """``<directory>/step-<n>/`` holds ``state.pt`` (tensors and plain values only), ``rank-<r>.pt`` where ranks have something of
+    their own, and the SHA-256 of each."""
 
     def __init__(self, directory: Path, *, keep: int, world: World, log: logging.Logger) -> None:
         self._directory, self._keep, self._world, self._log = directory, keep, world, log
 
-    def save(self, state: dict[str, Any], *, step: int, best_step: int | None = None) -> None:
+    def save(
+        self, state: dict[str, Any], *, step: int, best_step: int | None = None, rank_state: RankState | None = None
+    ) -> None:
         """Collective. Publish a checkpoint, then drop those that are neither among the last ``keep`` nor the best.
+
+        ``rank_state`` is what this rank alone has; either every rank gives some or none does.
 
         Raises:
             StorageError: it cannot be written; the ones before are untouched.
         """
-        self._world.main(lambda: self._write(state, name=f"step-{step:09d}"), name="checkpoint.save")
+        files = {_STATE: _dumped(state)} if self._world.is_main else {}
+        if rank_state:
+            for rank in range(self._world.size):
+                data = self._send(rank_state if rank == self._world.rank else None, root=rank)
+                if self._world.is_main:
+                    files[f"rank-{rank}.pt"] = data
+        self._world.main(lambda: self._write(files, name=f"step-{step:09d}"), name="checkpoint.save")
         self._world.main(lambda: self._prune(best_step), name="checkpoint.prune")
 
     def save_best(self, state: dict[str, Any], *, step: int) -> None:
         """Collective. Publish the best weights so far; the ones before go with the next ``save``."""
-        self._world.main(lambda: self._write(state, name=f"best-{step:09d}"), name="checkpoint.best")
+        self._world.main(lambda: self._write({_STATE: _dumped(state)}, name=f"best-{step:09d}"), name="checkpoint.best")
 
     def load_best(self, step: int) -> dict[str, Any]:
         """Collective. The best weights, which ``save_best`` has published in this run or before it."""
@@ -43,23 +59,37 @@ class Checkpoints:
         assert state is not None, "save_best has published them"
         return state
 
-    def load_last(self) -> dict[str, Any] | None:
-        """Collective. The newest checkpoint that is whole, or None. A damaged one is named, removed and passed over."""
-        return self._share(self._newest, name="checkpoint.load")
+    def load_last(self) -> tuple[dict[str, Any], list[RankState]] | None:
+        """Collective. The newest checkpoint that is whole, or None. A damaged one is named, removed and passed over.
+
+        Beside the common state: what this rank had of its own, and in a smaller world also that of ranks that are gone.
+        """
+        found: list[Path] = []
+        state = self._share(lambda: self._newest(found), name="checkpoint.load")
+        if state is None:
+            return None
+        count = self._world.main(lambda: len(list(found[0].glob("rank-*.pt"))), name="checkpoint.ranks")
+        mine: list[RankState] = []
+        for rank in range(count):
+            part = self._share(
+                lambda rank=rank: (found[0] / f"rank-{rank}.pt").read_bytes(),  # type: ignore[misc]
+                name=f"checkpoint.rank.{rank}",
+            )
+            if rank % self._world.size == self._world.rank and part is not None:
+                mine.append(part)
+        return state, mine
 
     # --- rank 0 -----------------------------------------------------------------------------------------------------
-    def _write(self, state: dict[str, Any], *, name: str) -> None:
+    def _write(self, files: dict[str, bytes], *, name: str) -> None:
         with storage_errors("write a checkpoint to", self._directory):
             self._directory.mkdir(parents=True, exist_ok=True)
             for stale in self._directory.glob(".new-*"):
                 shutil.rmtree(stale, ignore_errors=True)
             staging = Path(tempfile.mkdtemp(dir=self._directory, prefix=".new-"))
             try:
-                # Through a buffer: torch reports a full disk as an error of its own kind without a reason.
-                buffer = io.BytesIO()
-                torch.save(state, buffer)
-                (staging / _STATE).write_bytes(buffer.getbuffer())
-                write_json(staging / _INDEX, {"sha256": sha256_file(staging / _STATE)})
+                for file, data in files.items():
+                    (staging / file).write_bytes(data)
+                write_json(staging / _INDEX, {"sha256": {file: sha256_file(staging / file) for file in files}})
                 publish_dir(staging, self._directory / name)
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
@@ -72,10 +102,11 @@ class Checkpoints:
         for path in [*steps[: -self._keep], *best]:
             shutil.rmtree(path, ignore_errors=True)
 
-    def _newest(self) -> bytes | None:
+    def _newest(self, found: list[Path]) -> bytes | None:
         for path in sorted(self._directory.glob("step-*"), reverse=True):
             data = self._read(path)
             if data is not None:
+                found.append(path)
                 return data
             self._log.warning("checkpoint %s is damaged; falling back to the one before", path.name)
             shutil.rmtree(path, ignore_errors=True)
@@ -84,14 +115,21 @@ class Checkpoints:
     def _read(self, path: Path) -> bytes | None:
         try:
             expected = json.loads((path / _INDEX).read_text(encoding="utf-8"))["sha256"]
-            if sha256_file(path / _STATE) != expected:
+            if any(sha256_file(path / file) != digest for file, digest in expected.items()):
                 return None
             return (path / _STATE).read_bytes()
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
     # --- all ranks --------------------------------------------------------------------------------------------------
-    def _share(self, read: Any, *, name: str) -> dict[str, Any] | None:
+    def _send(self, state: RankState | None, *, root: int) -> bytes:
+        """One rank's state as bytes, on every rank."""
+        mine = _dumped(state) if state is not None else b""
+        size = self._world.gather_json(len(mine), name=f"checkpoint.size.{root}")[root]
+        return self._bytes(mine or None, size=size, root=root, name=f"checkpoint.part.{root}")
+
+    def _share(self, read: Callable[[], bytes | None], *, name: str) -> dict[str, Any] | None:
+        """What rank 0 reads, on every rank."""
         kept: list[bytes] = []
 
         def measure() -> int:
@@ -104,9 +142,17 @@ class Checkpoints:
         size = self._world.main(measure, name=f"{name}.size")
         if size < 0:
             return None
-        tensor = (
-            torch.frombuffer(bytearray(kept[0]), dtype=torch.uint8) if kept else torch.empty(size, dtype=torch.uint8)
-        )
-        data = self._world.broadcast(tensor, name=f"{name}.bytes").numpy().tobytes()
+        data = self._bytes(kept[0] if kept else None, size=size, root=0, name=f"{name}.bytes")
         state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         return state
+
+    def _bytes(self, mine: bytes | None, *, size: int, root: int, name: str) -> bytes:
+        tensor = torch.frombuffer(bytearray(mine), dtype=torch.uint8) if mine else torch.empty(size, dtype=torch.uint8)
+        return self._world.broadcast(tensor, name=name, root=root).numpy().tobytes()
+
+
+def _dumped(state: dict[str, Any]) -> bytes:
+    # Through a buffer: torch reports a full disk as an error of its own kind without a reason.
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()

@@ -18,14 +18,15 @@ from torch import Tensor
 from horovod_jobs.config import FitConfig
 from horovod_jobs.data.base import Batch, batches
 from horovod_jobs.data.sharding import epoch_permutation, micro_batches, num_batches
-from horovod_jobs.errors import NonFiniteError
 from horovod_jobs.evaluation import evaluate
 from horovod_jobs.footprint import Footprint
 from horovod_jobs.interrupt import stopped
 from horovod_jobs.stages.base import StageContext
-from horovod_jobs.strategy.base import Strategy
+from horovod_jobs.strategy.base import Setting, StepTime, Strategy
+from horovod_jobs.training.batchnorm import SyncBatchNorm
 from horovod_jobs.training.checkpoint import Checkpoints
 from horovod_jobs.training.ema import Ema
+from horovod_jobs.training.nonfinite import refuse_non_finite
 from horovod_jobs.training.precision import Precision
 from horovod_jobs.training.schedules import Schedule
 from horovod_jobs.training.state import FitState, Timing, seed_step
@@ -69,6 +70,8 @@ class Fit:
         self.rates = [group["lr"] * self._rate_scale() for group in optimizer.param_groups]
         self.ema = Ema(objective, decay=config.ema_decay) if config.ema_decay is not None else None
         self.strategy = strategy
+        self.bad: Tensor | None = None  # this rank's samples of the step whose loss was not finite
+        self.stop_code, self.checkpoint_due = 0, False
 
     def _rate_scale(self) -> float:
         """Linear scaling of the rate with the batch (Goyal et al. 2017, arXiv:1706.02677, section 2.1)."""
@@ -84,16 +87,24 @@ class Fit:
             NonFiniteError: a rank's loss is NaN or infinite; nothing is published.
             StorageError: a checkpoint cannot be written; the ones before are whole.
         """
-        strategy_state = self._resume()
+        strategy_state, rank_states = self._resume()
         self._broadcast()
         self.updater = self.strategy.bind(
             self.optimizer,
             self.objective.named_parameters(),
-            world=self.world,
-            accumulate=self.config.accumulate,
-            total_steps=self.total_steps,
+            Setting(
+                self.world,
+                accumulate=self.config.accumulate,
+                total_steps=self.total_steps,
+                steps_per_epoch=self.steps_per_epoch,
+                clip_norm=self.config.clip_norm,
+                loss_scaled=self.config.precision == "fp16",
+                synced_batchnorm=any(isinstance(module, SyncBatchNorm) for module in self.objective.modules()),
+                averages_weights=self.ema is not None,
+            ),
         )
         self.updater.restore(strategy_state)
+        self._restore_rank(rank_states)
         self.last_checkpoint = time.monotonic()
         try:
             with self.ctx.console.progress(self.ctx.name, self.total_steps) as self.progress:
@@ -112,23 +123,32 @@ class Fit:
         state = self.state
         self.objective.train()
         order = epoch_permutation(len(self.ctx.data.train), seed=self.ctx.seed, epoch=state.epoch)
-        plan = list(order.split(self.global_batch))[: self.steps_per_epoch][state.batch :]
-        loader = self._load(plan)
-        for indices in plan:
-            if state.step >= self.total_steps:
-                break
-            self._step(indices, loader)
+        plan = list(order.split(self.global_batch))[: self.steps_per_epoch]
+        while state.batch < self.steps_per_epoch and state.step < self.total_steps:
+            part = plan[state.batch :][: self._segment()]
+            loader = self._load(part)
+            for indices in part:
+                self._step(indices, loader)
+            if self.updater.reshare_every is not None:
+                self.updater.reshare()
         if state.batch >= self.steps_per_epoch or state.step >= self.total_steps:
             self._end_epoch()
 
+    def _segment(self) -> int:
+        """Steps until the end, or until the shares of the ranks may change."""
+        left, every = self.total_steps - self.state.step, self.updater.reshare_every
+        return left if every is None else min(left, every - self.state.batch % every)
+
     def _load(self, plan: list[Tensor]) -> Iterator[Batch]:
-        world, accumulate = self.world, self.config.accumulate
-        mine = (
-            part
-            for indices in plan
-            for part in micro_batches(indices, rank=world.rank, size=world.size, accumulate=accumulate)
-        )
+        mine = (part for indices in plan for part in self._micro_batches(indices))
         return batches(self.ctx.data.train, mine, workers=self.config.workers)
+
+    def _micro_batches(self, indices: Tensor) -> list[Tensor]:
+        """This rank's part of a global batch."""
+        world, accumulate = self.world, self.config.accumulate
+        return micro_batches(
+            indices, rank=world.rank, size=world.size, accumulate=accumulate, shares=self.updater.shares
+        )
 
     # --- 3. an update -----------------------------------------------------------------------------------------------
     def _step(self, indices: Tensor, loader: Iterator[Batch]) -> None:
@@ -137,45 +157,46 @@ class Fit:
         seed_step(self.ctx.seed, state.step, self.world.rank)
         self._set_rate()
         self.updater.zero_grad()
-        data_s = 0.0
+        data_s, samples = 0.0, 0
         sums: dict[str, Tensor] = {}
         for _ in range(self.config.accumulate):
             asked = clock()
             batch = self._next(loader)
             data_s += clock() - asked
+            samples += len(batch)
             with self.precision.autocast():
                 output = self.objective(batch)
             # Divided by the global batch here and summed by the exchange: exact for shares of any size.
             self.precision.scale(output.loss / len(indices)).backward()
             for name, value in {"loss": output.loss.detach(), **output.sums}.items():
                 sums[name] = sums[name] + value if name in sums else value
-        names, local = list(sums), torch.stack([value.double() for value in sums.values()]).cpu()
-        finite = bool(torch.isfinite(local).all())
+        names = [*sums, "count"]
+        local = torch.stack([*(value.double() for value in sums.values()), torch.tensor(float(samples)).double()]).cpu()
+        if not bool(torch.isfinite(local).all()) and self.bad is None:
+            self.bad = torch.cat(self._micro_batches(indices))
         computed = clock()
-        agreed = self._agree(local, finite=finite)
+        agreed = self._agree(local)
         self.updater.synchronize()
         control = agreed.wait().tolist()
         exchanged = clock()
         if control[0] > 0:
-            self._non_finite(indices, finite=finite)
+            refuse_non_finite(self.ctx, self.state, mine=self.bad)
         self.precision.unscale(self.updater)
-        if self.config.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.objective.parameters(), self.config.clip_norm)
         self.precision.step(self.updater)
         if self.ema is not None:
             self.ema.update()
         end = clock()
+        compute_s = computed - start - data_s
         for timing in (self.timing, self.whole):
             timing.data += data_s
-            timing.compute += computed - start - data_s + end - exchanged
+            timing.compute += compute_s + end - exchanged
             timing.exchange += exchanged - computed
             timing.total += end - start
             timing.steps += 1
             timing.samples += len(indices)
-        self.updater.finish_step(end - start)
-        self._account(dict(zip(names, control[4:], strict=True)), count=len(indices))
-        self.checkpoint_due = control[3] > 0
-        self._after_step(stop=control[1:3])
+        self.updater.finish_step(StepTime(total_s=end - start, compute_s=compute_s, samples=samples))
+        self._account(dict(zip(names, control[4:], strict=True)))
+        self._after_step(control[1:4])
 
     def _next(self, loader: Iterator[Batch]) -> Batch:
         batch = next(loader)
@@ -187,41 +208,44 @@ class Fit:
             batch = Batch(batch.inputs.contiguous(memory_format=torch.channels_last), batch.targets, batch.indices)
         return batch
 
-    def _agree(self, sums: Tensor, *, finite: bool) -> Any:
-        """Start the one small collective of a step, which travels with the gradients: [non-finite, stop, Ctrl-C, checkpoint, sums...]."""
+    def _agree(self, sums: Tensor) -> Any:
+        """Start the one small exchange of a step, which travels with the gradients: [non-finite, stop, Ctrl-C, checkpoint, sums...]."""
         due = 0.0
         if self.world.is_main and self.config.checkpoint_every_s is not None:
             due = float(time.monotonic() - self.last_checkpoint >= self.config.checkpoint_every_s)
-        stop = self.ctx.stop.code
+        stop, finite = self.ctx.stop.code, self.bad is None
         head = torch.tensor([float(not finite), float(stop == 1), float(stop == 2), due], dtype=torch.float64)
-        return self.world.allreduce_async(
-            torch.cat([head, sums if finite else torch.zeros_like(sums)]), name="fit.control"
-        )
+        return self.updater.agree(torch.cat([head, sums if finite else torch.zeros_like(sums)]))
 
-    def _account(self, sums: dict[str, float], *, count: int) -> None:
+    def _account(self, sums: dict[str, float]) -> None:
         state = self.state
         state.step += 1
         state.batch += 1
         for name, value in sums.items():
             state.sums[name] = state.sums.get(name, 0.0) + value
-        state.sums["count"] = state.sums.get("count", 0.0) + count
-        self.progress.update(state.step, f"loss {sums['loss'] / count:.4f}")
+        loss = sums["loss"] / max(1.0, sums["count"])
+        self.progress.update(state.step, f"loss {loss:.4f}")
         if state.step % self.config.log_every_steps == 0:
-            self._log_scalars({"train_loss": sums["loss"] / count, **self.timing.figures()})
+            self._log_scalars({"train_loss": loss, **self.timing.figures()})
             self.timing = Timing()
 
-    def _after_step(self, *, stop: list[float]) -> None:
+    def _after_step(self, asked: list[float]) -> None:
+        """Write a checkpoint that is due and stop where that was asked for, as soon as the ranks have settled."""
         every = self.config.checkpoint_every_steps
-        code = 2 if stop[1] > 0 else 1 if stop[0] > 0 else 0
-        if code or self.checkpoint_due or (every is not None and self.state.step % every == 0):
-            self.save()
-        if code:
-            raise stopped(code, where=f"in stage {self.ctx.name} after step {self.state.step} of {self.total_steps}")
+        self.stop_code = max(self.stop_code, 2 if asked[1] > 0 else 1 if asked[0] > 0 else 0)
+        self.checkpoint_due |= asked[2] > 0 or (every is not None and self.state.step % every == 0)
+        if not self.updater.settled or not (self.stop_code or self.checkpoint_due):
+            return
+        self.save()
+        if self.stop_code:
+            where = f"in stage {self.ctx.name} after step {self.state.step} of {self.total_steps}"
+            raise stopped(self.stop_code, where=where)
 
     # --- 4. the end of an epoch -------------------------------------------------------------------------------------
     def _end_epoch(self) -> None:
         state, config = self.state, self.config
-        sums = state.sums
+        self._settle()
+        sums = self._sums()
         entry: dict[str, float | int] = {
             "epoch": state.epoch + 1,
             "step": state.step,
@@ -281,34 +305,60 @@ class Fit:
             weights = self.ema.average if self.ema is not None else self.objective.state_dict()
             self.checkpoints.save_best({key: tensor.cpu() for key, tensor in weights.items()}, step=state.step)
 
+    def _settle(self) -> None:
+        """Collective. The same parameters, optimizer state and buffers on every rank."""
+        self.updater.settle()
+        for name, buffer in self._own_buffers().items():
+            buffer.copy_(self.world.allreduce(buffer, name=f"fit.buffer.{name}", op="average"))
+
+    def _own_buffers(self) -> dict[str, Tensor]:
+        """Statistics that each rank follows by itself: batch norm's, where it is not synchronised."""
+        if self.world.size == 1 or self.config.sync_batchnorm:
+            return {}
+        return {name: buffer for name, buffer in self.objective.named_buffers() if buffer.is_floating_point()}
+
+    def _sums(self) -> dict[str, float]:
+        """Collective. This epoch's sums over all ranks."""
+        if self.updater.lockstep:
+            return self.state.sums
+        total: dict[str, float] = {}
+        for part in self.world.gather_json(self.state.sums, name="fit.sums"):
+            for name, value in part.items():
+                total[name] = total.get(name, 0.0) + value
+        return total
+
     # --- 5. checkpoints ---------------------------------------------------------------------------------------------
     def save(self) -> None:
         """Collective. Write a checkpoint."""
-        spent = self.ctx.spent()
+        self.updater.settle()
+        spent, sums = self.ctx.spent(), self._sums()
         if self.spent_before is not None:
             spent = self.spent_before + spent
         state = {
             "identity": self.identity,
             "objective": self.objective.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.updater.optimizer_state(),
             "ema": self.ema.average if self.ema is not None else {},
             "precision": self.precision.state(),
             "strategy": self.updater.state(),
-            "fit": asdict(self.state),
+            "fit": {**asdict(self.state), "sums": sums},
             "spent": spent.to_json(),
         }
-        self.checkpoints.save(state, step=self.state.step, best_step=self.state.best_step)
-        self.last_checkpoint = time.monotonic()
+        own = {f"buffer.{name}": buffer.cpu() for name, buffer in self._own_buffers().items()}
+        own.update({f"strategy.{name}": tensor.cpu() for name, tensor in self.updater.rank_state().items()})
+        self.checkpoints.save(state, step=self.state.step, best_step=self.state.best_step, rank_state=own)
+        self.last_checkpoint, self.checkpoint_due = time.monotonic(), False
         self.ctx.events.emit("checkpoint", stage=self.ctx.name, step=self.state.step)
 
-    def _resume(self) -> dict[str, Any]:
-        """Collective. Take the newest whole checkpoint, if there is one. Gives the strategy's part of it."""
-        saved = self.checkpoints.load_last()
-        if saved is None:
-            return {}
+    def _resume(self) -> tuple[dict[str, Any], list[dict[str, Tensor]]]:
+        """Collective. Take the newest whole checkpoint, if there is one. Gives the strategy's part of it, and this rank's own."""
+        loaded = self.checkpoints.load_last()
+        if loaded is None:
+            return {}, []
+        saved, own = loaded
         if saved["identity"] != self.identity:
             self.ctx.log.warning("%s: a checkpoint of another version of this stage is left aside", self.ctx.name)
-            return {}
+            return {}, []
         self.objective.load_state_dict(saved["objective"])
         self.optimizer.load_state_dict(saved["optimizer"])
         if self.ema is not None:
@@ -319,7 +369,21 @@ class Fit:
         self.resumed_from = self.state.step
         self.ctx.log.info("%s: goes on from step %d of %d", self.ctx.name, self.state.step, self.total_steps)
         self.ctx.events.emit("resume", stage=self.ctx.name, step=self.state.step)
-        return dict(saved["strategy"])
+        return dict(saved["strategy"]), own
+
+    def _restore_rank(self, states: list[dict[str, Tensor]]) -> None:
+        """After ``_broadcast``: what each rank had of its own."""
+        if not self.updater.lockstep and not self.world.is_main:
+            self.state.sums = {}  # Rank 0 holds what all had together.
+        buffers = dict(self.objective.named_buffers())
+        for key, tensor in states[0].items() if states else ():
+            if key.startswith("buffer."):
+                buffers[key.removeprefix("buffer.")].copy_(tensor)
+        parts = [
+            {key.removeprefix("strategy."): tensor for key, tensor in state.items() if key.startswith("strategy.")}
+            for state in states
+        ]
+        self.updater.restore_rank([part for part in parts if part])
 
     def _broadcast(self) -> None:
         """Collective. Rank 0's parameters and buffers on every rank; the optimizer's state is empty or came with the checkpoint."""
@@ -332,30 +396,6 @@ class Fit:
         factor = self.schedule.factor(self.state.step, total=self.total_steps, steps_per_epoch=self.steps_per_epoch)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
-
-    def _non_finite(self, indices: Tensor, *, finite: bool) -> None:
-        """Collective: every rank comes here in the same step."""
-        world, state = self.world, self.state
-        mine = torch.cat(
-            micro_batches(indices, rank=world.rank, size=world.size, accumulate=self.config.accumulate)
-        ).tolist()
-        inputs = self.ctx.data.train.fetch(torch.tensor(mine, dtype=torch.int64)).inputs
-        bad = [index for index, row in zip(mine, inputs, strict=True) if not bool(torch.isfinite(row).all())]
-        told = world.gather_json([[] if finite else mine, bad], name="fit.non_finite")
-        ranks = [rank for rank, (part, _) in enumerate(told) if part]
-        samples = [index for part, _ in told for index in part]
-        broken = [index for _, part in told for index in part]
-        self.ctx.events.emit("non_finite", stage=self.ctx.name, step=state.step, ranks=ranks, samples=samples)
-        shown = ", ".join(map(str, samples[:8])) + (
-            f", ... ({len(samples)} in all, in events.jsonl)" if len(samples) > 8 else ""
-        )
-        if broken:
-            shown += f"; the inputs of {', '.join(map(str, broken[:8]))} are not finite themselves"
-        raise NonFiniteError(
-            f"the loss is not finite in stage {self.ctx.name} at step {state.step} (epoch {state.epoch + 1}) on rank "
-            f"{', '.join(map(str, ranks))}, training samples {shown}; lower optimizer.lr, set fit.clip_norm, or look at these samples. "
-            "Nothing was published"
-        )
 
     def _log_scalars(self, values: dict[str, float]) -> None:
         for name, value in {**values, "lr": self.optimizer.param_groups[0]["lr"]}.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
+import signal
 import sys
 import threading
 import traceback
@@ -20,17 +21,20 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from horovod_jobs import launch
-from horovod_jobs.comm.connect import connect, launched_by, rank_hint
+from horovod_jobs.comm.connect import GLOO_REMEDY, connect, launched_by, rank_hint, take_role
+from horovod_jobs.comm.roles import Roles, check_enough
 from horovod_jobs.comm.world import World
-from horovod_jobs.config import STAGES, FitConfig, JobConfig, LaunchConfig, RunConfig
+from horovod_jobs.config import STAGES, FitConfig, JobConfig, LaunchConfig, RunConfig, TrainStage
 from horovod_jobs.errors import ConfigError, JobError
 from horovod_jobs.instantiate import instantiate, is_node
 from horovod_jobs.interrupt import StopRequest
 from horovod_jobs.job import Job, one_line, register_schema, resolve
+from horovod_jobs.storage import digest_of
 
 _GOODBYE_S = 10.0
 _composed = False  # Before a config is composed, only Hydra has run: its errors are about what the person typed.
 _world: World | None = None  # One world a process: the jobs of a multirun share it.
+_serves = False  # This rank holds parameters for the others and runs no job.
 
 
 def conf_dir() -> str:
@@ -60,6 +64,9 @@ def main() -> None:
         _fail(None, code=130)
     except SystemExit:
         raise
+    except BrokenPipeError:
+        # Who read the output (head, say) has had enough; what Python would still flush at the end goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except BaseException as error:
         if isinstance(error, ValueError | YAMLError) and not _composed:
             _fail(ConfigError(_hydra_message(error)))
@@ -81,6 +88,9 @@ def _job(cfg: DictConfig) -> None:
     job = resolve(cfg)
     inside = launched_by() != "none"
     if job.config.launch.kind != "none" and not inside:
+        check_enough(_servers(job), ranks=job.config.launch.np)
+        if _servers(job) and job.config.launch.controller == "gloo":
+            raise ConfigError(GLOO_REMEDY)
         code = launch.start(
             job.config.launch, overrides=list(HydraConfig.get().overrides.task), config=_config_arguments()
         )
@@ -106,9 +116,15 @@ def _config_arguments() -> list[str]:
 
 def _run_here(job: Job) -> None:
     global _world
+    if _serves:
+        return  # The workers of an earlier job of this sweep have sent this rank home, when all their jobs were done.
     _apply_settings(job)
     if _world is None:
-        _world = connect()
+        roles = _role(job)
+        if roles is not None and roles.is_server:
+            _serve(job, roles)
+            return
+        _world = connect(roles)
         launch.set_threads(_world.local_size)
     world = _world
     from horovod_jobs.runner import Run, check_same_config
@@ -141,6 +157,48 @@ def _apply_settings(job: Job) -> None:
                 "run the sweep with launch=local, which starts a world for each job"
             )
     os.environ.update(wanted)
+
+
+def _servers(job: Job) -> int:
+    """Ranks that the job's strategies set aside to hold parameters.
+
+    Raises:
+        ConfigError: its stages do not agree on their number.
+    """
+    wanted: dict[int, str] = {}
+    for name, stage in job.stages.items():
+        if isinstance(stage, TrainStage) and stage.enabled and is_node(stage.strategy):
+            strategy = instantiate(stage.strategy, allow=job.config.allow_targets, where=f"stages.{name}.strategy")
+            wanted.setdefault(getattr(strategy, "dedicated_servers", 0), name)
+    counts = sorted(set(wanted) - {0})
+    if len(counts) > 1:
+        said = ", ".join(f"stages.{wanted[count]}.strategy.servers={count}" for count in counts)
+        raise ConfigError(f"{said}: ranks are set aside once for the whole job; use one number in all stages")
+    return counts[0] if counts else 0
+
+
+def _role(job: Job) -> Roles | None:
+    """Collective over all ranks. What this rank is for."""
+    alone = launched_by() == "none" and job.config.plan  # A plan needs no ranks.
+    roles = take_role(servers=0 if alone else _servers(job))
+    if roles is not None and roles.server_ranks:
+        roles.check_same(digest_of({key: value for key, value in job.resolved.items() if key != "launch"}))
+    return roles
+
+
+def _serve(job: Job, roles: Roles) -> None:
+    """Hold parameters until the workers send this rank home. What ends a job is theirs to decide, signals as well."""
+    global _serves
+    _serves = True
+    launch.set_threads(roles.comm.Get_size())
+    from horovod_jobs.strategy.parameter_server.server import Server
+    from horovod_jobs.strategy.parameter_server.stage import Seat
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    up, down = roles.wires()
+    allow = tuple(job.config.allow_targets)
+    Server(Seat(up, down, roles.rank, roles.worker_ranks, roles.server_ranks, allow)).serve()
 
 
 def _show_plan(job: Job, world: World) -> None:
@@ -187,10 +245,10 @@ def _fail(error: JobError | None, *, code: int = 1, alone: bool = False) -> NoRe
     if error is not None and _rank() == 0:
         # Before the others are met: the launcher ends every rank as soon as one has gone.
         print(f"error: {error}", file=sys.stderr, flush=True)
-    together = not alone and _goodbye()
+    together = not alone and not _serves and _goodbye()
     if error is not None and _rank() != 0 and not together:
         print(f"rank {_rank()}: error: {error}", file=sys.stderr)
-    if _world is not None and _world.size > 1 and not together:
+    if (_serves or (_world is not None and _world.size > 1)) and not together:
         # The others wait in a collective this rank will never reach; the launcher ends them when this one is gone.
         sys.stderr.flush()
         os._exit(code)

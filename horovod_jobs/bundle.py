@@ -13,6 +13,7 @@ from horovod_jobs.errors import ArtifactError
 WEIGHTS = "model.safetensors"
 ONNX_FILE = "model.onnx"
 CONFIG = "config.json"
+INPUT_DTYPES = ("float32", "int64", "int32", "int16", "int8", "uint8", "bool")
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,14 @@ class ModelConfig:
     class_names: tuple[str, ...]
     parameters: int
     directory: Path
+    input_dtype: str = "float32"
+    fields: tuple[tuple[str, int, int], ...] = ()  # (name, number of ids, columns), where inputs are rows of ids
+
+    @property
+    def model_arguments(self) -> dict[str, Any]:
+        """What the model's constructor is offered besides its config."""
+        known = {"num_classes": self.num_classes, "input_shape": self.input_shape}
+        return {**known, "fields": self.fields} if self.fields else known
 
     @property
     def file(self) -> Path:
@@ -82,6 +91,9 @@ def _read_directory(directory: Path, *, verify: bool = False) -> ModelConfig:
         open_artifact(directory)  # Checks every digest; a bundle that was copied elsewhere has no index.
     try:
         raw = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        dtype = raw.get("input_dtype", "float32")
+        if dtype not in INPUT_DTYPES:
+            raise ValueError(f"input_dtype {dtype!r} is not one of {', '.join(INPUT_DTYPES)}")
         return ModelConfig(
             format=str(raw["format"]),
             model=dict(raw["model"]),
@@ -90,6 +102,8 @@ def _read_directory(directory: Path, *, verify: bool = False) -> ModelConfig:
             class_names=tuple(str(name) for name in raw["class_names"]),
             parameters=int(raw["parameters"]),
             directory=directory,
+            input_dtype=dtype,
+            fields=tuple((str(name), int(size), int(columns)) for name, size, columns in raw.get("fields", ())),
         )
     except FileNotFoundError as error:
         raise ArtifactError(

@@ -191,6 +191,7 @@ class RunConfig:
     id: str | None = None  # null: date, time and a random part
     log_level: str = "info"  # debug, info, warning or error
     progress: str = "auto"  # auto (bars on a terminal, lines elsewhere), bars, lines or none
+    parallel_stages: int = 1  # stages that do not need each other and run at the same time, each on a part of the ranks
 
 
 @dataclass

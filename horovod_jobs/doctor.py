@@ -180,6 +180,18 @@ def data_folders() -> list[Path]:
     return [*([Path(own).expanduser()] if own else []), DEBIAN_DATA, cache]
 
 
+def movielens_folder() -> Path | None:
+    """Where the data set ``movielens`` is found. Its module would say so too, but imports torch."""
+    layouts = (("u.data", "u.item", "u.user"), ("ml-100k.inter", "ml-100k.item", "ml-100k.user"))
+    package = util.find_spec("recbole")
+    shipped = (
+        [Path(place) / "dataset_example" for place in (package.submodule_search_locations or [])] if package else []
+    )
+    own, cache = data_folders()[:-2], data_folders()[-1]
+    folders = [folder / "ml-100k" for folder in (*own, *shipped, cache)]
+    return next((f for f in folders if any(all((f / name).is_file() for name in names) for names in layouts)), None)
+
+
 def _data() -> list[Check]:
     names = [
         f"{part}-ubyte.gz"
@@ -191,12 +203,19 @@ def _data() -> list[Check]:
         if all((folder / "fashion-mnist" / n).is_file() for n in names)
     ]
     digits = _version("scikit-learn")
+    clicks = movielens_folder()
     return [
         Check(
             "fashion_mnist",
             bool(found),
             str(found[0]) if found else "not found in " + ", ".join(str(f / "fashion-mnist") for f in data_folders()),
             "" if found else "apt-get install dataset-fashion-mnist, or set data.download=true",
+        ),
+        Check(
+            "movielens",
+            clicks is not None,
+            str(clicks or "not found in HOROVOD_JOBS_DATA, the Python package that carries it, or the cache"),
+            "" if clicks else "launch/install.sh with EXTRAS that has dev, or set data.download=true",
         ),
         Check("digits", True, f"scikit-learn {digits}")
         if digits

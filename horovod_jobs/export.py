@@ -140,8 +140,8 @@ def write_onnx(model: onnx.ModelProto, path: Path) -> None:
         path.write_bytes(data)
 
 
-def export_onnx(module: nn.Module, path: Path, *, input_shape: Sequence[int]) -> None:
-    """Write a torch module as float32 ONNX with a batch of any size.
+def export_onnx(module: nn.Module, path: Path, *, input_shape: Sequence[int], input_dtype: str = "float32") -> None:
+    """Write a torch module as float32 ONNX with a batch of any size; ``input_dtype`` is that of its inputs.
 
     Raises:
         ConfigError: the model cannot be exported.
@@ -150,7 +150,7 @@ def export_onnx(module: nn.Module, path: Path, *, input_shape: Sequence[int]) ->
     import torch
 
     with one_thread():
-        write_onnx(to_onnx(capture(module, torch.zeros(2, *input_shape))), path)
+        write_onnx(to_onnx(capture(module, torch.zeros(2, *input_shape, dtype=getattr(torch, input_dtype)))), path)
 
 
 def _first_line(error: Exception) -> str:

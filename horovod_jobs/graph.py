@@ -125,6 +125,11 @@ def _node(name: str, stage: StageConfig, nodes: Mapping[str, Node]) -> Node:
     return Node(name, stage, {role: source for role, source in stage.needs.items() if role not in off})
 
 
+def fit_counts_ranks(stage: TrainStage) -> bool:
+    """Whether training depends on the number of ranks: batch norm is not synchronised, or sees a rank's part of a batch."""
+    return not stage.fit.sync_batchnorm or stage.fit.accumulate > 1
+
+
 def fingerprint(
     node: Node,
     *,
@@ -135,12 +140,13 @@ def fingerprint(
     global_batch: int | None = None,
     machine: str = "",
     tuning_keys: frozenset[str] = frozenset(),
+    counts_ranks: bool = False,
 ) -> str:
     """SHA-256 over everything that decides what a stage makes.
 
     ``inputs`` are the fingerprints of its inputs by role, ``code`` the digests of the classes its nodes name, ``machine`` what a
     measurement depends on (evaluate), ``tuning_keys`` those of its strategy that change the speed only. The world's size is in it
-    only where it changes the result: with batch norm that is not synchronised, or that sees a rank's part of a batch (accumulation).
+    only where it changes the result: see ``fit_counts_ranks``; ``counts_ranks`` says it of the strategy.
     """
     config: dict[str, Any] = asdict(node.config)
     for key in ("enabled", "force", "needs"):
@@ -149,7 +155,7 @@ def fingerprint(
         config["fit"] = {key: value for key, value in config["fit"].items() if key not in _NOT_IN_RESULT}
         config["fit"].pop("batch_per_rank")
         config["fit"]["global_batch"] = global_batch
-        if not node.config.fit.sync_batchnorm or node.config.fit.accumulate > 1:
+        if counts_ranks or fit_counts_ranks(node.config):
             config["fit"]["world_size"] = world_size
         if isinstance(config["strategy"], dict):
             config["strategy"] = {key: value for key, value in config["strategy"].items() if key not in tuning_keys}

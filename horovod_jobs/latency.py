@@ -42,7 +42,7 @@ def measure(
 ) -> dict[str, Any]:
     """Start the measuring process and return what it found.
 
-    ``samples`` ``[N, ...]`` float32 are real inputs, repeated where a batch is larger. The result has ``latency_ms``
+    ``samples`` ``[N, ...]`` are real inputs, repeated where a batch is larger. The result has ``latency_ms``
     ({batch: {p50, p95}}), ``peak_memory_bytes`` of that process, ``model_memory_bytes`` (its growth over the
     interpreter with the runtime imported) and how it was measured.
 
@@ -140,8 +140,10 @@ def _measure_here(arguments: argparse.Namespace) -> dict[str, Any]:
     call, idle_bytes = make(config, threads=arguments.threads, allow_targets=arguments.allow_target)
     shape = (max(batches), *config.input_shape)
     if arguments.samples:
-        samples = np.load(arguments.samples, allow_pickle=False).astype(np.float32)
+        samples = np.load(arguments.samples, allow_pickle=False).astype(config.input_dtype)
         samples = np.resize(samples, shape)  # Repeats them where there are too few.
+    elif config.input_dtype != "float32":
+        samples = np.zeros(shape, config.input_dtype)  # An id or token that every model has.
     else:
         samples = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     latency = {}
@@ -156,7 +158,7 @@ def _measure_here(arguments: argparse.Namespace) -> dict[str, Any]:
         "format": config.format,
         "threads": arguments.threads,
         "runs": arguments.runs,
-        "inputs": "samples" if arguments.samples else "random normal",
+        "inputs": "samples" if arguments.samples else "random normal" if samples.dtype == np.float32 else "zeros",
     }
 
 
@@ -208,7 +210,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batches", default="1,64", help="batch sizes, separated by commas (1,64)")
     parser.add_argument("--runs", type=int, default=50, help="timed calls for each batch size (50)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (1)")
-    parser.add_argument("--samples", help="a .npy file of inputs [N, ...]; without it they are random")
+    parser.add_argument(
+        "--samples",
+        help="a .npy file of inputs [N, ...]; without it they are random, or zero where the model takes whole numbers",
+    )
     parser.add_argument(
         "--allow-target", action="append", default=[], help="a module of yours that the model's _target_ names"
     )

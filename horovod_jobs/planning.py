@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from horovod_jobs.artifacts import Artifact, ArtifactStore, open_artifact
@@ -24,6 +24,7 @@ from horovod_jobs.instantiate import accepted, bind, code_digests, instantiate, 
 from horovod_jobs.job import Job
 from horovod_jobs.stages.base import StageContext, StageResult
 from horovod_jobs.tracking import NullTracker, Tracker
+from horovod_jobs.turns import in_turns, keys_of, strategy_counts_ranks, whole_because
 
 if TYPE_CHECKING:
     from horovod_jobs.data.base import DataModule
@@ -62,13 +63,19 @@ def _task(chosen: Any, prepared: Prepared) -> Any:
 
 @dataclass(frozen=True)
 class Planned:
-    """What a run does about one stage: run, reuse or skip it, and why."""
+    """What a run does about one stage: run, reuse or skip it, and why; in which turn, and beside which others.
+
+    ``whole`` says why it wants the whole world, or is None; ``keys`` is what it makes, which no other stage may make beside it.
+    """
 
     node: Node
     action: str
     why: str
     fingerprint: str = ""
     artifact: Artifact | None = None
+    whole: str | None = None
+    keys: frozenset[str] = frozenset()
+    turn: int = 0
 
 
 def prepare(job: Job, world: World) -> Prepared:
@@ -82,6 +89,10 @@ def prepare(job: Job, world: World) -> Prepared:
     config = job.config
     allow = config.allow_targets
     with world.agreed("prepare"):
+        if config.run.parallel_stages < 1:
+            raise ConfigError(
+                f"run.parallel_stages={config.run.parallel_stages} is not a number of stages; use 1 or more"
+            )
         nodes = build(job.stages)
         tracker = instantiate(config.tracker, allow=allow, where="tracker") if config.tracker else NullTracker()
         meter = instantiate(config.footprint, allow=allow, where="footprint") if config.footprint else NullMeter()
@@ -152,9 +163,7 @@ def _check_train(stage: TrainStage, prepared: Prepared, world: World, where: str
         if not is_node(getattr(stage, part)):
             group = "model@student" if part == "model" and isinstance(stage, DistillStage) else part
             raise ConfigError(f"{where}.{part}={getattr(stage, part)} names nothing to build; choose one ({group}=...)")
-    model_arguments = accepted(
-        stage.model, {"num_classes": data.num_classes, "input_shape": data.input_shape}, allow=allow
-    )
+    model_arguments = accepted(stage.model, data.model_arguments, allow=allow)
     bind(stage.model, where=f"{where}.model", allow=allow, injected=model_arguments)
     bind(stage.optimizer, where=f"{where}.optimizer", allow=allow, injected=("params",))
     bind(stage.schedule, where=f"{where}.schedule", allow=allow)
@@ -182,8 +191,10 @@ def plan(job: Job, world: World, store: ArtifactStore, prepared: Prepared) -> li
             continue
         with world.agreed("plan.fingerprint"):
             prints[node.name] = _fingerprint(node, prepared, prints, world_size=world.size, machine=machine)
-        planned.append(_decide(node, prints[node.name], store, world))
-    return planned
+            whole, keys = whole_because(node, prepared), keys_of(node, prints)
+        step = _decide(node, prints[node.name], store, world)
+        planned.append(replace(step, whole=whole, keys=keys))
+    return in_turns(planned, ranks=world.size, at_once=job.config.run.parallel_stages)
 
 
 def _fingerprint(node: Node, prepared: Prepared, prints: dict[str, str], *, world_size: int, machine: str) -> str:
@@ -199,6 +210,7 @@ def _fingerprint(node: Node, prepared: Prepared, prints: dict[str, str], *, worl
         global_batch=effective_global_batch(train.fit, world_size=world_size) if train else None,
         machine=machine if isinstance(stage, EvaluateStage) else "",
         tuning_keys=getattr(strategy, "TUNING", frozenset()),
+        counts_ranks=train is not None and strategy_counts_ranks(train, prepared),
     )
 
 

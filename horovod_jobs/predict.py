@@ -2,7 +2,7 @@
 
     import horovod_jobs
     model = horovod_jobs.load("runs/latest:student")
-    logits = model(inputs)                              # float32 [B, *model.input_shape] -> [B, model.num_classes]
+    logits = model(inputs)                              # [B, *model.input_shape] -> float32 [B, model.num_classes]
 
 Torch is imported when a call needs it, so that a process which only runs ONNX does not carry it.
 """
@@ -35,15 +35,17 @@ class Predictor(Protocol):
 
     format: str
     input_shape: tuple[int, ...]
+    input_dtype: str
+    fields: tuple[tuple[str, int, int], ...]
     num_classes: int
     class_names: tuple[str, ...]
     parameters: int
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        """Logits ``[B, num_classes]`` (float32, CPU) of inputs ``[B, *input_shape]`` (float32); B may be 0.
+        """Logits ``[B, num_classes]`` (float32, CPU) of inputs ``[B, *input_shape]`` (``input_dtype``); B may be 0.
 
         Raises:
-            DataError: inputs of another shape.
+            DataError: inputs of another shape, or fractions where the model takes whole numbers.
         """
         ...
 
@@ -56,10 +58,13 @@ def save_model(
     num_classes: int,
     input_shape: Sequence[int],
     class_names: Sequence[str],
+    input_dtype: str = "float32",
+    fields: Sequence[tuple[str, int, int]] = (),
 ) -> None:
     """Write model.safetensors and config.json, from which ``load`` builds the model again.
 
-    ``model_node`` is the ``_target_`` node that built it. Tensors that share memory are written once.
+    ``model_node`` is the ``_target_`` node that built it; ``fields`` are those of the data set, if it has any. Tensors that
+    share memory are written once.
 
     Raises:
         StorageError: no space or no permission.
@@ -79,6 +84,8 @@ def save_model(
         "model": dict(model_node),
         "num_classes": num_classes,
         "input_shape": list(input_shape),
+        "input_dtype": input_dtype,
+        **({"fields": [list(field) for field in fields]} if fields else {}),
         "class_names": list(class_names),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
@@ -107,8 +114,7 @@ def _build_module(config: ModelConfig, *, allow_targets: Sequence[str]) -> nn.Mo
 
     from horovod_jobs.instantiate import accepted, instantiate
 
-    offered = {"num_classes": config.num_classes, "input_shape": config.input_shape}
-    arguments = accepted(config.model, offered, allow=allow_targets)
+    arguments = accepted(config.model, config.model_arguments, allow=allow_targets)
     module = instantiate(config.model, allow=allow_targets, where=f"{config.directory.name}.model", **arguments)
     if not isinstance(module, nn.Module):
         raise ArtifactError(
@@ -175,6 +181,7 @@ class TorchPredictor:
 
     def __init__(self, module: nn.Module, config: ModelConfig, *, device: torch.device | str = "cpu") -> None:
         self.input_shape, self.num_classes = config.input_shape, config.num_classes
+        self.input_dtype, self.fields = config.input_dtype, config.fields
         self.class_names, self.parameters = config.class_names, config.parameters
         self.module = module.eval().to(device)
         self.device = device
@@ -183,11 +190,11 @@ class TorchPredictor:
         """See ``Predictor``."""
         import torch
 
-        _check_shape(inputs.shape, self.input_shape)
+        _check_inputs(inputs, self.input_shape, self.input_dtype)
         if len(inputs) == 0:
             return torch.empty(0, self.num_classes)
         with torch.no_grad():
-            logits: Tensor = self.module(inputs.to(self.device, torch.float32))
+            logits: Tensor = self.module(inputs.to(self.device, getattr(torch, self.input_dtype)))
         return logits.float().cpu()
 
 
@@ -198,6 +205,7 @@ class OnnxPredictor:
 
     def __init__(self, config: ModelConfig, *, threads: int) -> None:
         self.input_shape, self.num_classes = config.input_shape, config.num_classes
+        self.input_dtype, self.fields = config.input_dtype, config.fields
         self.class_names, self.parameters = config.class_names, config.parameters
         self._session = open_session(config.file, threads=threads)
 
@@ -205,10 +213,11 @@ class OnnxPredictor:
         """See ``Predictor``."""
         import torch
 
-        _check_shape(inputs.shape, self.input_shape)
+        _check_inputs(inputs, self.input_shape, self.input_dtype)
         if len(inputs) == 0:  # Not every kernel of onnxruntime takes an empty batch.
             return torch.empty(0, self.num_classes)
-        return torch.from_numpy(self.run(inputs.detach().to("cpu", torch.float32).contiguous().numpy()))
+        taken = inputs.detach().to("cpu", getattr(torch, self.input_dtype))
+        return torch.from_numpy(self.run(taken.contiguous().numpy()))
 
     def run(self, inputs: Any) -> Any:
         """The same on a NumPy array; a batch of at least one sample."""
@@ -244,7 +253,10 @@ def open_session(path: Path, *, threads: int, optimized: Path | None = None) -> 
         ) from error
 
 
-def _check_shape(shape: Sequence[int], expected: tuple[int, ...]) -> None:
+def _check_inputs(inputs: Tensor, expected: tuple[int, ...], dtype: str) -> None:
+    shape = inputs.shape
+    if inputs.is_floating_point() and dtype != "float32":
+        raise DataError(f"inputs are {inputs.dtype}, but the model takes whole numbers (torch.{dtype}); convert them")
     if tuple(shape[1:]) != expected or len(shape) != len(expected) + 1:
         wanted = ", ".join(str(size) for size in ("B", *expected))
         raise DataError(f"inputs have shape {list(shape)}, but the model takes [{wanted}]; reshape them")

@@ -178,10 +178,13 @@ def _age(manifest: Manifest) -> str:
 
 def _metrics(metrics: dict[str, float]) -> str:
     wanted = (
+        "auc",
         "accuracy",
         "worst_class_accuracy",
+        "validation_auc",
         "validation_accuracy",
         "train_loss",
+        "int8_auc",
         "int8_accuracy",
         "drop_points",
         "samples_per_s",

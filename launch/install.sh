@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the environment that `make run` and `make test` use: torch, MPI, Horovod, this project, and Fashion-MNIST where a package has it.
+# Makes the environment that `make run` and `make test` use: torch, MPI, Horovod, this project, and data sets where a package has them.
 # A second call with nothing changed takes a fraction of a second. An interrupted one is made again from the caches.
 #
 #   launch/install.sh
@@ -9,7 +9,7 @@
 #   TORCH_REQUIREMENT    what pip installs for torch, options included (default: torch==2.13.0); GPU users name their own build
 #   EXTRAS               extras of this project (default: world,dev,mlflow); without `world` there is no MPI and no Horovod, one process only
 #   HOROVOD_GPU_OPERATIONS=NCCL   and what else launch/build_horovod.sh reads
-#   FETCH_DATA=0         do not look for Fashion-MNIST
+#   FETCH_DATA=0         do not look for Fashion-MNIST and MovieLens-100k
 #   HOROVOD_JOBS_CACHE   built wheels and logs (default: ${XDG_CACHE_HOME:-~/.cache}/horovod_jobs)
 #   HOROVOD_JOBS_DATA    data sets (default: ~/.cache/horovod_jobs/data)
 set -euo pipefail
@@ -213,6 +213,33 @@ fetch_data() {
   note "Fashion-MNIST is not here yet: a job that needs it will download it from its official address"
 }
 fetch_data
+
+# MovieLens-100k, which the click-through job and its tests use, out of the Python package that carries it. Only the three files are kept:
+# the package is not installed, because it would bring much with it.
+CLICKS=$(dirname "$DATA")/ml-100k
+CARRIER=recbole==1.2.1
+unpack_clicks() {
+  local work=$CLICKS.partial.$$
+  mkdir -p "$work/ml-100k"
+  pip download --no-deps --only-binary :all: -d "$work" "$CARRIER" && "$python" - "$work" <<'PYTHON' &&
+import pathlib, sys, zipfile
+work = pathlib.Path(sys.argv[1])
+with zipfile.ZipFile(next(work.glob("*.whl"))) as archive:
+    for kind in ("inter", "item", "user"):
+        (work / "ml-100k" / f"ml-100k.{kind}").write_bytes(archive.read(f"recbole/dataset_example/ml-100k/ml-100k.{kind}"))
+PYTHON
+    mkdir -p "$CLICKS" && mv "$work"/ml-100k/ml-100k.{item,user,inter} "$CLICKS" # in this order: the last one says that all are there
+  local rc=$?
+  rm -rf "$work"
+  return "$rc"
+}
+fetch_clicks() {
+  if [ "${FETCH_DATA:-1}" = 0 ] || [[ ",$EXTRAS," != *,dev,* ]] || [ -e "$CLICKS/u.data" ] || [ -e "$CLICKS/ml-100k.inter" ]; then return; fi
+  say "getting MovieLens-100k for the tests (from the Python package $CARRIER; its terms allow no commercial use)"
+  if unpack_clicks >>"$LOG" 2>&1; then return; fi
+  note "MovieLens-100k is not here yet: a job that needs it will download it from its official address; tests that need it are skipped"
+}
+fetch_clicks
 
 # The stamp comes last: without it the next run starts the environment again.
 printf '%s\n' "$WANTED" >"$VENV/.stamp.$$"

@@ -22,7 +22,9 @@ def start(arguments: list[str]) -> int:
     known, rest = parser.parse_known_args(arguments)
     config = LaunchConfig(kind="local", np=known.np, controller=known.controller)
     command = [sys.executable, "-m", "tests.in_world", "--rank", *rest]
-    planned = launch.plan(config, host=launch.this_host(), environ=os.environ, command=command)
+    # Parts of the world (comm.groups) are made of process sets, which Horovod lets nobody add later without this.
+    environ = {"HOROVOD_DYNAMIC_PROCESS_SETS": "1", **os.environ}
+    planned = launch.plan(config, host=launch.this_host(), environ=environ, command=command)
     return launch.run_world(planned, grace_s=5.0)
 
 

@@ -6,11 +6,15 @@ import os
 import socket
 from collections.abc import Mapping
 
+from horovod_jobs.comm.roles import Roles, check_enough, divide
 from horovod_jobs.comm.world import SingleWorld, World
-from horovod_jobs.errors import SetupError, WorldError
+from horovod_jobs.errors import ConfigError, SetupError, WorldError
 
 _MPI_MARKS = ("OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK", "PMI_SIZE")
 _GLOO_MARK = "HOROVOD_GLOO_RENDEZVOUS_ADDR"
+GLOO_REMEDY = (
+    "strategy=parameter_server needs MPI, and these ranks are joined by Gloo; use launch.controller=mpi, or mpirun"
+)
 BUILD_REMEDY = "build it with launch/build_horovod.sh (launch/install.sh does this), or start one process"
 
 
@@ -31,8 +35,25 @@ def rank_hint(environ: Mapping[str, str] = os.environ) -> int:
     return 0
 
 
-def connect() -> World:
-    """Join the world that the launcher made, or be a world of one.
+def take_role(*, servers: int = 0) -> Roles | None:
+    """Collective over all ranks. Who works and who serves parameters; None where nobody can serve (one process, Gloo).
+
+    Raises:
+        ConfigError: servers are wanted, and there are not enough ranks or they are joined by Gloo.
+        SetupError: servers are wanted and mpi4py is missing.
+        WorldError: ranks were given different numbers of servers.
+    """
+    controller = launched_by()
+    if controller == "mpi":
+        return divide(servers=servers)
+    if servers and controller == "gloo":
+        raise ConfigError(GLOO_REMEDY)
+    check_enough(servers, ranks=1)
+    return None
+
+
+def connect(roles: Roles | None = None) -> World:
+    """Join the world that the launcher made, or be a world of one. ``roles``: of a rank that works; without it all do.
 
     Raises:
         SetupError: ranks were started and Horovod is not installed, or it cannot start here.
@@ -42,14 +63,20 @@ def connect() -> World:
         return SingleWorld()
     if controller == "gloo":
         _check_host_name()
+    roles = roles or take_role()
     try:
-        from horovod_jobs.comm.horovod_world import HorovodWorld, init_horovod
-    except ImportError as error:
-        raise SetupError(
-            f"a launcher ({controller}) started several ranks and Horovod cannot be imported ({error}); {BUILD_REMEDY}"
-        ) from error
-    init_horovod(launched_by_mpi=controller == "mpi")
-    return HorovodWorld(controller)
+        try:
+            from horovod_jobs.comm.horovod_world import HorovodWorld, init_horovod
+        except ImportError as error:
+            raise SetupError(
+                f"a launcher ({controller}) started several ranks and Horovod cannot be imported ({error}); {BUILD_REMEDY}"
+            ) from error
+        init_horovod(roles=roles)
+        return HorovodWorld(controller, roles)
+    except BaseException:
+        if roles is not None:
+            roles.dismiss()
+        raise
 
 
 def world_lost(error: BaseException) -> WorldError | None:

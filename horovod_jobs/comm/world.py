@@ -9,6 +9,7 @@ import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from horovod_jobs.errors import BY_NAME, JobError, WorldError
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
-OPS = ("sum", "average", "min", "max")
+OPS = ("sum", "average", "min", "max", "adasum")
 
 
 class Handle(Protocol):
@@ -27,8 +28,54 @@ class Handle(Protocol):
     def wait(self) -> Tensor: ...
 
 
+@dataclass
+class Traffic:
+    """What a rank has handed to collectives for gradients, as the sizes of the tensors it gave them."""
+
+    steps: int = 0
+    sent_bytes: int = 0
+    ring_bytes: int = (
+        0  # what leaves a rank when these collectives run as a ring: more for an all-gather among many ranks
+    )
+
+    def count_allreduce(self, size_bytes: int, *, ranks: int) -> None:
+        """A ring sends each element twice, but for a rank's own part."""
+        if ranks > 1:
+            self.sent_bytes += size_bytes
+            self.ring_bytes += 2 * (ranks - 1) * size_bytes // ranks
+
+    def count_allgather(self, size_bytes: int, *, ranks: int) -> None:
+        """Every rank's part goes to all the others."""
+        if ranks > 1:
+            self.sent_bytes += size_bytes
+            self.ring_bytes += (ranks - 1) * size_bytes
+
+    def summary(self, *, uncompressed_bytes: int, ranks: int) -> dict[str, Any]:
+        """For a record (JSON): against all-reduces of ``uncompressed_bytes`` a step. No ratio where nothing is sent."""
+        whole = Traffic()
+        whole.count_allreduce(self.steps * uncompressed_bytes, ranks=ranks)
+        return {
+            "bytes_sent": self.sent_bytes,
+            "bytes_uncompressed": whole.sent_bytes,
+            "compression_ratio": round(whole.sent_bytes / self.sent_bytes, 3) if self.sent_bytes else None,
+            "bytes_sent_per_step": round(self.sent_bytes / self.steps) if self.steps else 0,
+            "bytes_sent_by_ring": self.ring_bytes,
+            "bytes_uncompressed_by_ring": whole.ring_bytes,
+        }
+
+    def to_json(self) -> dict[str, int]:
+        return asdict(self)
+
+    def restore(self, counted: dict[str, int]) -> None:
+        """Go on from what ``to_json`` gave; nothing where there is nothing."""
+        for name, value in counted.items():
+            setattr(self, name, int(value))
+
+
 class GradientExchange(Protocol):
-    """An optimizer whose gradients are summed over ranks (see ``World.distribute``)."""
+    """An optimizer whose gradients are combined over ranks (see ``World.distribute``)."""
+
+    traffic: Traffic
 
     def synchronize(self) -> None: ...
     def step(self) -> None: ...
@@ -42,6 +89,10 @@ class World(ABC):
 
     Attributes: ``rank`` of ``size``; ``local_rank`` of ``local_size`` on this host; ``cross_rank`` (the host's number) of
     ``cross_size`` hosts; ``controller`` is ``none``, ``mpi`` or ``gloo``.
+
+    Where stages run side by side, each has a part of the world (``comm.groups``), in which ranks count from 0 and ``ranks`` are
+    their numbers in the whole. A part's hosts are those it has ranks on. ``local_rank`` stays the place among all ranks on the host,
+    for it chooses the GPU; ``host_rank`` of ``host_size`` is the place among the part's own.
     """
 
     rank: int = 0
@@ -51,6 +102,9 @@ class World(ABC):
     cross_rank: int = 0
     cross_size: int = 1
     controller: str = "none"
+    ranks: tuple[int, ...] = (0,)
+    host_rank: int = 0
+    host_size: int = 1
 
     @property
     def is_main(self) -> bool:
@@ -59,7 +113,14 @@ class World(ABC):
     # --- primitives -------------------------------------------------------------------------------------------------
     @abstractmethod
     def allreduce_async(self, tensor: Tensor, *, name: str, op: str = "sum") -> Handle:
-        """Collective. Start a reduction; ``wait()`` gives a new tensor of the same dtype."""
+        """Collective. Start a reduction (one of ``OPS``); ``wait()`` gives a new tensor of the same dtype.
+
+        ``adasum`` (Maleki et al. 2021, arXiv:2006.02924) needs MPI and a power of two of ranks.
+        """
+
+    @abstractmethod
+    def allgather_async(self, tensor: Tensor, *, name: str) -> Handle:
+        """Collective. Start to gather tensors of one shape and dtype; ``wait()`` gives ``[size, *tensor.shape]``."""
 
     @abstractmethod
     def broadcast(self, tensor: Tensor, *, name: str, root: int = 0) -> Tensor:
@@ -78,10 +139,12 @@ class World(ABC):
         accumulate: int,
         compression: str,
         num_groups: int,
+        predivide: float = 1.0,
     ) -> GradientExchange:
         """Collective. Wrap an optimizer so that gradients are summed over ranks as they become ready.
 
-        ``accumulate`` backward passes make one exchange; ``num_groups`` 0 lets Horovod fuse as it likes.
+        ``accumulate`` backward passes make one exchange; ``num_groups`` 0 lets Horovod fuse as it likes; gradients are divided by
+        ``predivide`` before they are sent and their sum is multiplied by it.
         """
 
     def shutdown(self) -> None:  # noqa: B027  A world of one has nothing to leave.
@@ -176,9 +239,11 @@ class _LocalExchange:
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
+        self.traffic = Traffic()
 
     def synchronize(self) -> None:
         """Nothing to wait for."""
+        self.traffic.steps += 1
 
     def step(self) -> None:
         self._optimizer.step()
@@ -199,6 +264,9 @@ class SingleWorld(World):
     def allreduce_async(self, tensor: Tensor, *, name: str, op: str = "sum") -> Handle:
         return _Done(tensor.clone())
 
+    def allgather_async(self, tensor: Tensor, *, name: str) -> Handle:
+        return _Done(tensor.clone()[None])
+
     def broadcast(self, tensor: Tensor, *, name: str, root: int = 0) -> Tensor:
         return tensor.clone()
 
@@ -213,5 +281,6 @@ class SingleWorld(World):
         accumulate: int,
         compression: str,
         num_groups: int,
+        predivide: float = 1.0,
     ) -> GradientExchange:
         return _LocalExchange(optimizer)

@@ -167,7 +167,8 @@ class DataModule:
 
     input_shape: of one sample, without the batch. digest: SHA-256 (hex) of the content and of how it was split; it is
     part of the fingerprint of every stage that reads the data. augment: called on training batches only, as
-    ``augment(inputs [B, ...], seed=..., epoch=..., indices=[B]) -> Tensor``.
+    ``augment(inputs [B, ...], seed=..., epoch=..., indices=[B]) -> Tensor``. fields: where a sample is a row of ids, the
+    (name, number of ids, columns) of each field.
     """
 
     train: Split
@@ -178,13 +179,26 @@ class DataModule:
     input_shape: tuple[int, ...]
     digest: str
     augment: Callable[..., Tensor] | None = None
+    fields: tuple[tuple[str, int, int], ...] = ()
+
+    @property
+    def input_dtype(self) -> str:
+        """The type of the inputs that a model gets, such as ``float32`` or ``int64``."""
+        dtype = self.train.fetch(torch.empty(0, dtype=torch.int64)).inputs.dtype
+        return "float32" if dtype.is_floating_point else str(dtype).removeprefix("torch.")
+
+    @property
+    def model_arguments(self) -> dict[str, Any]:
+        """What a model's constructor is offered besides its config."""
+        known = {"num_classes": self.num_classes, "input_shape": tuple(self.input_shape)}
+        return {**known, "fields": self.fields} if self.fields else known
 
 
 def as_data_module(obj: object, *, name: str) -> DataModule:
     """A data module from ``obj``: itself, or one made of a user's object.
 
     The object has ``train`` and ``test``, each a map-style data set of (input, target) pairs or a ``Split``, and
-    optionally ``validation``, ``num_classes``, ``class_names``, ``input_shape``, ``digest`` and ``augment``. What is
+    optionally ``validation``, ``num_classes``, ``class_names``, ``input_shape``, ``digest``, ``augment`` and ``fields``. What is
     absent is found from the samples: ``num_classes`` is the largest training target + 1, and ``digest`` is a SHA-256
     over the content of every sample of every split. Both read all samples once, so a large data set should give them.
 
@@ -213,6 +227,7 @@ def as_data_module(obj: object, *, name: str) -> DataModule:
         input_shape=tuple(int(extent) for extent in shape),
         digest=_digest(obj, splits, name=name),
         augment=augment,
+        fields=tuple((str(label), int(size), int(columns)) for label, size, columns in getattr(obj, "fields", ())),
     )
 
 

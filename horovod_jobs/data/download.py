@@ -7,7 +7,7 @@ import http.client
 import os
 import tempfile
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -19,11 +19,13 @@ _TIMEOUT_S = 30.0
 _CHUNK_BYTES = 1 << 20
 
 
-def download_all(files: Mapping[str, str], *, address: str, folder: Path) -> None:
-    """Fetch each gzip file that is not in ``folder``, and compare the SHA-256 of its uncompressed content.
+def download_all(
+    files: Mapping[str, str], *, address: str, folder: Path, read: Callable[[Path], bytes] = read_gzip
+) -> None:
+    """Fetch each file that is not in ``folder``, and compare the SHA-256 of what ``read`` says it contains.
 
-    ``files`` maps names to digests. Processes of a host that call this together download once: the others wait for
-    the lock and then find the files.
+    ``files`` maps names to digests; ``read`` uncompresses, or is ``read_plain``. Processes of a host that call this together
+    download once: the others wait for the lock and then find the files.
 
     Raises:
         DataError: no network, or a file that is not what was expected.
@@ -34,14 +36,28 @@ def download_all(files: Mapping[str, str], *, address: str, folder: Path) -> Non
         with _locked(folder.with_name(f".{folder.name}.lock")):
             for name, digest in files.items():
                 if not (folder / name).is_file():
-                    _download(address + name, target=folder / name, digest=digest)
+                    _download(address + name, target=folder / name, digest=digest, read=read)
     except OSError as error:
         raise StorageError(
             f"{folder} cannot be written ({error.strerror or error}); free space or mend its permissions"
         ) from error
 
 
-def _download(address: str, *, target: Path, digest: str) -> None:
+def read_plain(path: Path) -> bytes:
+    """The content of a file that is not compressed.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read ({error.strerror}); check that it is there and its permissions"
+        ) from error
+
+
+def _download(address: str, *, target: Path, digest: str, read: Callable[[Path], bytes]) -> None:
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     part = Path(name)
     try:
@@ -49,7 +65,7 @@ def _download(address: str, *, target: Path, digest: str) -> None:
             _fetch(address, out)
             out.flush()
             os.fsync(out.fileno())
-        check_sha256(read_gzip(part), expected=digest, name=address)
+        check_sha256(read(part), expected=digest, name=address)
         part.chmod(0o644)
         part.replace(target)
     finally:

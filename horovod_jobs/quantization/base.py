@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from horovod_jobs.comm.world import World
@@ -21,6 +22,11 @@ class Calibration:
 
     split: Split
     batches: Sequence[Tensor]
+
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """The type of a model's inputs."""
+        return self.split.fetch(torch.empty(0, dtype=torch.int64)).inputs.dtype
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class Program:
 
     module: nn.Module
     input_shape: tuple[int, ...]
+    input_dtype: torch.dtype
     dynamic: DynamicScheme | None = None
 
 

@@ -34,7 +34,7 @@ class OnnxRuntime:
 
     def write(self, program: Program, path: Path) -> dict[str, Any]:
         """See ``Backend``."""
-        example = torch.zeros(2, *program.input_shape)
+        example = torch.zeros(2, *program.input_shape, dtype=program.input_dtype)
         if program.dynamic is None:
             model = to_onnx(capture(program.module, example, owned=True))
             finish(model)

@@ -60,11 +60,11 @@ class StaticInt8:
 
         with one_thread():
             with world.agreed("quantization.prepare"):
-                prepared, layers = self.prepare(model, input_shape=input_shape)
+                prepared, layers = self.prepare(model, input_shape=input_shape, input_dtype=calibration.input_dtype)
             observe(prepared, calibration.split, calibration.batches, world=world)
 
             def write() -> dict[str, Any]:
-                program = Program(convert(prepared), tuple(input_shape))
+                program = Program(convert(prepared), tuple(input_shape), calibration.input_dtype)
                 return self._backend.write(program, path)
 
             written = world.main(write, name="quantization.write")
@@ -77,11 +77,13 @@ class StaticInt8:
             **written,
         }
 
-    def prepare(self, model: nn.Module, *, input_shape: Sequence[int]) -> tuple[GraphModule, dict[str, int]]:
+    def prepare(
+        self, model: nn.Module, *, input_shape: Sequence[int], input_dtype: torch.dtype = torch.float32
+    ) -> tuple[GraphModule, dict[str, int]]:
         """A copy of the model's graph with observers in it, and its numbers of convolutions and linear layers."""
         from horovod_jobs.quantization.annotation import IntegerChains, Scheme, count_layers, prepare_pt2e
 
-        graph = capture(model, torch.zeros(2, *input_shape)).module(check_guards=False)
+        graph = capture(model, torch.zeros(2, *input_shape, dtype=input_dtype)).module(check_guards=False)
         layers = count_layers(graph)
         if not any(layers.values()):
             raise ConfigError(
@@ -129,7 +131,8 @@ class DynamicInt8:
 
         def write() -> dict[str, Any]:
             with one_thread():
-                return self._backend.write(Program(model, tuple(input_shape), dynamic=self._scheme), path)
+                program = Program(model, tuple(input_shape), calibration.input_dtype, dynamic=self._scheme)
+                return self._backend.write(program, path)
 
         written = world.main(write, name="quantization.write")
         share = weights / total

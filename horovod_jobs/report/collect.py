@@ -59,11 +59,12 @@ class ModelRow:
     is_teacher: bool = False
     ref: str = ""
     hardware: str | None = None  # of the evaluation, where its latency was measured
+    primary: str = "accuracy"  # the figure that models of this task are compared by
 
     @property
-    def accuracy(self) -> float | None:
-        """Fraction of the split that is classified correctly."""
-        return self.metrics.get("accuracy")
+    def score(self) -> float | None:
+        """The primary figure: the fraction classified correctly, the AUC, or what the task says."""
+        return self.metrics.get(self.primary)
 
 
 @dataclass(frozen=True)
@@ -229,7 +230,7 @@ def _row(label: str | None, view: StageView, finder: _Finder) -> ModelRow | None
         kind=str(entry["kind"] if entry else meta.get("stage_kind", given.get("kind", ""))),
         format="onnx" if given.get("kind") == "quantized" or file == "model.onnx" else "torch",
         split=str((view.meta.get("config") or {}).get("split", details.get("split", "test"))),
-        samples=sum(map(sum, confusion)) or details.get("samples"),
+        samples=sum(map(sum, confusion)) or details.get("count") or details.get("samples"),
         metrics=view.entry["metrics"] or {},
         parameters=_first(view.entry["parameters"], meta.get("parameters")),
         file_bytes=file_bytes,
@@ -250,6 +251,7 @@ def _row(label: str | None, view: StageView, finder: _Finder) -> ModelRow | None
         is_teacher=ref in finder.teachers,
         ref=ref,
         hardware=(view.meta.get("footprint") or {}).get("details", {}).get("cpu_model"),
+        primary=str(details.get("primary", "accuracy")),
     )
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from horovod_jobs import formats
-from horovod_jobs.report import drawing, plots, words
+from horovod_jobs.report import drawing, plots, sharing, words
 from horovod_jobs.report.collect import ReportData, StageView
+from horovod_jobs.report.measures import measure
 from horovod_jobs.report.table import Table, main_table, methods_note
 
 STATUS_WORDS = {"done": "done", "failed": "failed", "interrupted": "interrupted", "running": "not finished"}
@@ -33,6 +34,7 @@ def _figures(data: ReportData) -> dict[str, str]:
     return {
         "graph": drawing.draw_graph([_box(stage, data) for stage in data.stages]),
         "curves": plots.learning_curves(data.curves) if data.curves else "",
+        "shares": sharing.shares_over_time(sharing.of_stages(data.stages)),
         "classes": plots.per_class_change(reference, final) if final and reference else "",
         "trade_offs": plots.trade_offs(data.models),
         "confusion": plots.confusion(final) if final else "",
@@ -79,6 +81,7 @@ def _context(data: ReportData) -> dict[str, Any]:
         "data": data,
         "manifest": manifest,
         "status": STATUS_WORDS[data.status],
+        "quality": measure(data.final.primary).title if data.final else "",
         "sentences": words.summary_sentences(data),
         "table": main_table(data) if data.models else None,
         "notes": [n for n in (words.interval_note(data.models), methods_note(data), _latency_note(data)) if n],

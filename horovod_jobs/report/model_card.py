@@ -12,7 +12,11 @@ from typing import Any
 from horovod_jobs import formats
 from horovod_jobs.report import words
 from horovod_jobs.report.collect import ModelRow, ReportData, StageView
+from horovod_jobs.report.measures import measure
 from horovod_jobs.report.table import main_table, methods_note
+
+# The hub's names of metrics, where they are not ours.
+_METRIC_TYPES = {"auc": "roc_auc"}
 
 
 def render_model_card(data: ReportData, *, license_id: str = "unknown") -> str:
@@ -48,6 +52,7 @@ def render_model_card(data: ReportData, *, license_id: str = "unknown") -> str:
         if final and len(final.class_names) == len(final.per_class)
         else [],
         artifact=final.ref if final else "",
+        inputs=_inputs(data),
         versions=[(name, version) for name, version in data.manifest["versions"].items() if version],
     )
 
@@ -66,8 +71,8 @@ def card_metadata(data: ReportData, *, license_id: str = "unknown") -> dict[str,
     dataset = dataset_name(data)
     if dataset:
         metadata["datasets"] = [dataset]
-    if final and final.accuracy is not None:
-        metadata["metrics"] = ["accuracy"]
+    if final and final.score is not None:
+        metadata["metrics"] = [_METRIC_TYPES.get(final.primary, final.primary)]
         metadata["model-index"] = [
             {"name": data.manifest["name"], "results": [_result(data, final, dataset or "unknown")]}
         ]
@@ -85,7 +90,12 @@ def dataset_name(data: ReportData) -> str | None:
 
 
 def _result(data: ReportData, row: ModelRow, dataset: str) -> dict[str, Any]:
-    metrics = [{"type": "accuracy", "value": row.accuracy, "name": "Accuracy"}]
+    primary = {
+        "type": _METRIC_TYPES.get(row.primary, row.primary),
+        "value": row.score,
+        "name": measure(row.primary).title,
+    }
+    metrics = [primary]
     for key, name in (("top_5", "Top-5 accuracy"), ("worst_class_accuracy", "Accuracy of the worst class")):
         if row.metrics.get(key) is not None:
             metrics.append({"type": "accuracy", "value": row.metrics[key], "name": name})
@@ -100,11 +110,30 @@ def _task_type(data: ReportData) -> str:
     stage = next((s for s in data.stages if s.artifact and s.artifact.kind in ("model", "quantized")), None)
     if stage is None or stage.artifact is None:
         return "other"
+    config = _model_config(stage)
+    if "fields" in config:
+        return "tabular-classification"
+    return "image-classification" if len(config.get("input_shape") or []) == 3 else "other"
+
+
+def _model_config(stage: StageView) -> dict[str, Any]:
+    """What the artifact of a model says of it; empty where that cannot be read."""
+    if stage.artifact is None:
+        return {}
     try:
-        shape = json.loads(stage.artifact.file("config.json").read_text(encoding="utf-8")).get("input_shape") or []
+        return dict(json.loads(stage.artifact.file("config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError):
-        return "other"
-    return "image-classification" if len(shape) == 3 else "other"
+        return {}
+
+
+def _inputs(data: ReportData) -> str:
+    """What the final model takes."""
+    ref = data.final.ref if data.final else ""
+    config = next((_model_config(stage) for stage in data.stages if stage.entry["artifact"] == ref), {})
+    if config.get("input_dtype", "float32") == "float32":
+        return "a float tensor [B, ...] of normalised samples"
+    names = ", ".join(str(name) for name, *_ in config.get("fields") or [])
+    return f"a tensor [B, ...] of {config['input_dtype']}" + (f", the ids of {names}" if names else "")
 
 
 def _lineage_stages(data: ReportData) -> list[StageView]:

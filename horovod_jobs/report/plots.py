@@ -13,6 +13,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from horovod_jobs import formats
+from horovod_jobs.report.measures import measure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,15 +69,15 @@ def _svg(name: str, alt: str, size: tuple[float, float], draw: Callable[[Figure]
 
 
 def learning_curves(curves: Sequence[Curve]) -> str:
-    """Training loss and validation accuracy by epoch, a line a stage; empty text without records."""
-    panels = [
-        (key, title, factor)
-        for key, title, factor in (
-            ("train_loss", "Training loss", 1),
-            ("validation_accuracy", "Validation accuracy, %", 100),
-        )
-        if any(_points(curve, key) for curve in curves)
+    """Training loss and the task's validation figure by epoch, a line a stage; empty text without records."""
+    recorded = dict.fromkeys(key for curve in curves for entry in curve.history for key in entry)
+    figures = [key for key in recorded if key.startswith("validation_") and key != "validation_loss"]
+    panels = [("train_loss", "Training loss", 1.0)] + [
+        (key, f"Validation {by.noun}{', %' if by.percent else ''}", by.factor)
+        for key in figures
+        if (by := measure(key.removeprefix("validation_")))
     ]
+    panels = [panel for panel in panels if any(_points(curve, panel[0]) for curve in curves)]
     if not panels:
         return ""
 
@@ -156,12 +157,14 @@ def per_class_change(before: ModelRow, after: ModelRow) -> str:
 
 
 def trade_offs(models: Sequence[ModelRow]) -> str:
-    """Accuracy against size and against latency at the smallest batch; empty text with fewer than two points."""
+    """The primary figure against size and against latency at the smallest batch; empty text with fewer than two points."""
+    by = measure(models[-1].primary) if models else measure("accuracy")
+    models = [row for row in models if row.primary == by.key]
     batch = next((key for row in models for key in row.latency_ms), "")
     sizes = [(row, float(row.file_bytes or 0)) for row in models]
     times = [(row, float(row.latency_ms.get(batch, {}).get("p50", 0))) for row in models]
     panels = [
-        (title, [(i, x, row) for i, (row, x) in enumerate(values) if x > 0 and row.accuracy is not None])
+        (title, [(i, x, row) for i, (row, x) in enumerate(values) if x > 0 and row.score is not None])
         for title, values in (
             ("Size of the model's file, bytes", sizes),
             (f"Median latency at batch {batch}, ms", times),
@@ -174,14 +177,14 @@ def trade_offs(models: Sequence[ModelRow]) -> str:
     def draw(figure: Figure) -> None:
         axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
         for axis, (title, points) in zip(axes, panels, strict=True):
-            _scatter(axis, [(i, x, 100 * (row.accuracy or 0)) for i, x, row in points])
+            _scatter(axis, [(i, x, by.factor * (row.score or 0)) for i, x, row in points])
             axis.set_xlabel(title)
-        axes[0].set_ylabel("Accuracy, %")
+        axes[0].set_ylabel(by.axis)
         figure.draw_without_rendering()  # Labels are placed in pixels, which are known only after the layout.
         for axis, (_, points) in zip(axes, panels, strict=True):
-            _label_points(axis, [(x, 100 * (row.accuracy or 0), row.label) for _, x, row in points])
+            _label_points(axis, [(x, by.factor * (row.score or 0), row.label) for _, x, row in points])
 
-    return _svg("tradeoffs", "Accuracy against size and latency", (10, 3.9), draw)
+    return _svg("tradeoffs", f"{by.title} against size and latency", (10, 3.9), draw)
 
 
 def _scatter(axis: Axes, points: list[tuple[int, float, float]]) -> None:

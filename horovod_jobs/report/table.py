@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from horovod_jobs import formats
+from horovod_jobs.report import measures
 from horovod_jobs.report.collect import ModelRow, ReportData
 
 
@@ -26,7 +27,7 @@ def main_table(data: ReportData) -> Table:
     batches = sorted({batch for row in models for batch in row.latency_ms}, key=int)
     columns: list[tuple[str, list[str], bool]] = [
         ("Model", [row.label for row in models], False),
-        ("Accuracy", [formats.percent(row.accuracy) for row in models], True),
+        *measures.columns(models),
         ("Worst class", [_worst(row) for row in models], False),
         ("Parameters", [formats.integer(row.parameters) for row in models], True),
         ("On disk", [formats.size(row.file_bytes) for row in models], True),

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from horovod_jobs import formats
 from horovod_jobs.report.collect import ModelRow, ReportData, StageView
+from horovod_jobs.report.measures import measure
 
 
 def summary_sentences(data: ReportData) -> list[str]:
@@ -43,19 +44,21 @@ def _run_sentence(data: ReportData) -> str:
 
 def _model_sentences(data: ReportData) -> list[str]:
     final, reference = data.final, data.reference
-    if final is None or final.accuracy is None:
+    if final is None or final.score is None:
         return []
-    first = f"The final model ({final.label}) classifies {formats.percent(final.accuracy)} of the {_samples(final)} "
-    first += "correctly"
-    if reference is None or reference.accuracy is None:
-        return [first + _worst(final) + "."]
-    change = final.accuracy - reference.accuracy
-    if abs(change) < 5e-5:
-        first += f", as many as the {_named(reference)}"
+    by, counted = measure(final.primary), final.primary == "accuracy"
+    if counted:
+        first = f"The final model ({final.label}) classifies {by.show(final.score)} of the {_samples(final)} correctly"
     else:
-        word = "more" if change > 0 else "fewer"
-        first += f", {abs(100 * change):.2f} percentage points {word} "
-        first += f"than the {_named(reference)} ({formats.percent(reference.accuracy)})"
+        first = f"The final model ({final.label}) reaches {by.noun} {by.show(final.score)} on the {_samples(final)}"
+    if reference is None or reference.score is None or reference.primary != final.primary:
+        return [first + _worst(final) + "."]
+    change = final.score - reference.score
+    if abs(change) < by.smallest:
+        first += f", as {'many' if counted else 'much'} as the {_named(reference)}"
+    else:
+        word = ("more" if change > 0 else "fewer") if counted else ("more" if change > 0 else "less")
+        first += f", {by.difference(change)} {word} than the {_named(reference)} ({by.show(reference.score)})"
     ratios = [
         _ratio(final.parameters, reference.parameters, "parameters", ("fewer", "more")),
         _ratio(final.file_bytes, reference.file_bytes, "bytes on disk", ("fewer", "more")),
@@ -91,17 +94,19 @@ def _distillation_sentence(data: ReportData) -> str:
         ),
         None,
     )
-    if distilled is None or plain is None or distilled.accuracy is None or plain.accuracy is None:
+    if distilled is None or plain is None or distilled.score is None or plain.score is None:
         return ""
-    change = 100 * (distilled.accuracy - plain.accuracy)
-    margin = interval_points(distilled)
+    by, change = measure(distilled.primary), distilled.score - plain.score
+    margin = interval(distilled)
     sure = "" if margin is None or abs(change) > margin else ", which is within the sampling error of this split"
-    if abs(change) < 5e-3:
-        return "Distillation did not change the student's accuracy against the same student trained without a teacher."
+    if abs(change) < by.smallest:
+        return (
+            f"Distillation did not change the student's {by.noun} against the same student trained without a teacher."
+        )
     word = "raised" if change > 0 else "lowered"
     return (
-        f"Distillation {word} the student's accuracy by {abs(change):.2f} points against the same student trained "
-        f"without a teacher{sure}."
+        f"Distillation {word} the student's {by.noun} by {by.difference(change).replace('percentage ', '')} against the "
+        f"same student trained without a teacher{sure}."
     )
 
 
@@ -160,21 +165,26 @@ def bytes_note(data: ReportData) -> str:
     return text
 
 
-def interval_points(row: ModelRow) -> float | None:
-    """Half of the 95 % interval of an accuracy, in percentage points (normal approximation of the binomial)."""
-    if row.accuracy is None or not row.samples:
+def interval(row: ModelRow) -> float | None:
+    """Half of the 95 % interval of the primary figure: an accuracy's by the binomial, others by the standard error they bring."""
+    if row.score is None or not row.samples:
         return None
-    return 196 * math.sqrt(row.accuracy * (1 - row.accuracy) / row.samples)
+    error = row.metrics.get(f"{row.primary}_standard_error")
+    if row.primary == "accuracy":
+        error = math.sqrt(row.score * (1 - row.score) / row.samples)
+    return None if error is None else 1.96 * error
 
 
 def interval_note(models: Sequence[ModelRow]) -> str:
-    """What differences of accuracy mean, given the number of samples."""
-    row = next((row for row in models if interval_points(row)), None)
+    """What differences of the primary figure mean, given the number of samples."""
+    row, half = next(((row, half) for row in models if (half := interval(row))), (None, 0.0))
     if row is None:
         return ""
+    by = measure(row.primary)
+    width = by.difference(half).replace("percentage ", "")
     return (
-        f"With {formats.integer(row.samples)} samples the 95 % interval of an accuracy of "
-        f"{formats.percent(row.accuracy)} is ± {interval_points(row):.2f} points; smaller differences may be chance."
+        f"With {formats.integer(row.samples)} samples the 95 % interval of an {by.noun} of {by.show(row.score)} is "
+        f"± {width}; smaller differences may be chance."
     )
 
 

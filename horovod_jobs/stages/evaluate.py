@@ -50,6 +50,7 @@ def run(ctx: StageContext, cfg: EvaluateStage) -> StageResult:
         **{key: value for key, value in figures.items() if key not in metrics},
         "class_names": list(ctx.data.class_names),
         "split": cfg.split,
+        "primary": ctx.task.primary,
         "model": artifact.ref,
         "format": predictor.format,
         "latency": latency,
@@ -94,10 +95,16 @@ def check_classes(ctx: StageContext, predictor: Predictor | ModelConfig) -> None
     """A model and a data set that belong together.
 
     Raises:
-        ConfigError: another number of classes, or inputs of another shape.
+        ConfigError: another number of classes, or inputs of another shape or with other ids.
     """
     given = (predictor.num_classes, tuple(predictor.input_shape))
     wanted = (ctx.data.num_classes, tuple(ctx.data.input_shape))
+    ids, known = ([(name, size) for name, size, _ in fields] for fields in (predictor.fields, ctx.data.fields))
+    if given == wanted and ids != known:
+        raise ConfigError(
+            f"stages.{ctx.name}: the model was trained on the fields and numbers of ids {dict(ids)}, the data set has "
+            f"{dict(known)}; choose the data set, and its split, that the model was trained on"
+        )
     if given != wanted:
         raise ConfigError(
             f"stages.{ctx.name}: the model has {given[0]} classes and inputs {list(given[1])}, the data set "

@@ -54,7 +54,7 @@ def _write(ctx: StageContext, cfg: ExportStage, source: ModelConfig) -> dict[str
     metrics: dict[str, float] = {}
     if source.format == "torch" and cfg.onnx:
         module = load_module(ctx.inputs["model"], allow_targets=ctx.allow_targets)
-        export_onnx(module, staging / ONNX_FILE, input_shape=source.input_shape)
+        export_onnx(module, staging / ONNX_FILE, input_shape=source.input_shape, input_dtype=source.input_dtype)
         names.append(ONNX_FILE)
         samples = ctx.data.test.fetch(torch.arange(min(len(ctx.data.test), max(_CHECK_BATCHES)))).inputs
         difference = onnx_difference(module, staging / ONNX_FILE, samples)
@@ -102,9 +102,20 @@ def check_tolerance(difference: float, *, tolerance: float, stage: str) -> None:
         )
 
 
+def _inputs(config: ModelConfig) -> str:
+    """What a caller must put in."""
+    if not config.fields:
+        return "Inputs must be prepared (normalised, say) as they were in training."
+    columns = ", ".join(
+        f"{name} (0 to {size - 1}{f', {many} columns' if many > 1 else ''})" for name, size, many in config.fields
+    )
+    return f"The columns are ids, as the data set gave them in training, 0 for none: {columns}."
+
+
 def readme(config: ModelConfig, names: list[str]) -> str:
     """The bundle's README.md: what it holds and how to use it with and without this package."""
     shape = ", ".join(str(size) for size in config.input_shape)
+    dtype = "" if config.input_dtype == "float32" else f", dtype=torch.{config.input_dtype}"
     target = config.model.get("_target_", "unknown")
     described = {
         CONFIG: "the model's class and arguments, input shape and class names",
@@ -113,9 +124,9 @@ def readme(config: ModelConfig, names: list[str]) -> str:
     }
     parts = [
         "# Exported model",
-        f"`{target}` with {config.parameters:,} parameters: float32 inputs `[B, {shape}]`, logits `[B, "
+        f"`{target}` with {config.parameters:,} parameters: {config.input_dtype} inputs `[B, {shape}]`, logits `[B, "
         f"{config.num_classes}]` "
-        f"for the classes {', '.join(config.class_names)}. Inputs must be normalised as they were in training.",
+        f"for the classes {', '.join(config.class_names)}. {_inputs(config)}",
         "\n".join(f"- `{name}`: {described[name]}" for name in names),
         "## With horovod_jobs",
         f"""```python
@@ -123,7 +134,7 @@ import horovod_jobs
 import torch
 
 model = horovod_jobs.load("path/to/this/directory")
-logits = model(torch.zeros(1, {shape}))
+logits = model(torch.zeros(1, {shape}{dtype}))
 print(model.class_names[int(logits.argmax(1))])
 ```""",
     ]
@@ -135,7 +146,7 @@ import numpy as np
 import onnxruntime
 
 session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
-logits = session.run(["logits"], {{"inputs": np.zeros((1, {shape}), np.float32)}})[0]
+logits = session.run(["logits"], {{"inputs": np.zeros((1, {shape}), np.{config.input_dtype})}})[0]
 ```""",
         ]
     return "\n\n".join(parts) + "\n"

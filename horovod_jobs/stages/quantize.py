@@ -80,6 +80,8 @@ def _config(source: ModelConfig, found: dict[str, Any]) -> dict[str, Any]:
         "model": source.model,
         "num_classes": source.num_classes,
         "input_shape": list(source.input_shape),
+        "input_dtype": source.input_dtype,
+        **({"fields": [list(field) for field in source.fields]} if source.fields else {}),
         "class_names": list(source.class_names),
         "parameters": source.parameters,
         "quantization": found,

@@ -20,6 +20,7 @@ from horovod_jobs.training.batchnorm import synchronise
 from horovod_jobs.training.fit import Fit
 from horovod_jobs.training.objective import Supervised
 from horovod_jobs.training.precision import place
+from horovod_jobs.training.sparse import has_sparse_gradients, prepare_for_sparse_gradients
 from horovod_jobs.training.state import seed_step
 
 
@@ -37,8 +38,7 @@ def run(ctx: StageContext, cfg: TrainStage) -> StageResult:
 def build_model(ctx: StageContext, cfg: TrainStage) -> nn.Module:
     """The stage's model with seeded weights, or those of ``needs.init``."""
     seed_step(ctx.seed, -1, 0)  # The same weights on every rank.
-    offered = {"num_classes": ctx.data.num_classes, "input_shape": tuple(ctx.data.input_shape)}
-    arguments = accepted(cfg.model, offered, allow=ctx.allow_targets)
+    arguments = accepted(cfg.model, ctx.data.model_arguments, allow=ctx.allow_targets)
     model = instantiate(cfg.model, allow=ctx.allow_targets, where=f"stages.{ctx.name}.model", **arguments)
     if not isinstance(model, nn.Module):
         raise ConfigError(
@@ -97,6 +97,12 @@ def fit_and_save(
     with world.agreed("train.parts"):
         trainable = [parameter for parameter in objective.parameters() if parameter.requires_grad]
         optimizer = instantiate(cfg.optimizer, allow=allow, where=f"stages.{ctx.name}.optimizer", params=trainable)
+        if has_sparse_gradients(objective):
+            prepare_for_sparse_gradients(
+                lambda params: instantiate(cfg.optimizer, allow=allow, where="optimizer", params=params),
+                clip_norm=cfg.fit.clip_norm,
+                where=f"stages.{ctx.name}",
+            )
         schedule = instantiate(cfg.schedule, allow=allow, where=f"stages.{ctx.name}.schedule")
         strategy = instantiate(cfg.strategy, allow=allow, where=f"stages.{ctx.name}.strategy")
     fit = Fit(
@@ -123,13 +129,17 @@ def fit_and_save(
                 num_classes=ctx.data.num_classes,
                 input_shape=tuple(ctx.data.input_shape),
                 class_names=tuple(ctx.data.class_names),
+                input_dtype=ctx.data.input_dtype,
+                fields=ctx.data.fields,
             )
         return sum(path.stat().st_size for path in ctx.staging.iterdir())
 
     model_bytes = world.main(write, name="train.write")
     last = state.history[-1] if state.history else {}
     metrics: dict[str, float] = {
-        key: float(last[key]) for key in ("train_loss", "validation_loss", "validation_accuracy") if key in last
+        key: float(last[key])
+        for key in ("train_loss", "validation_loss", f"validation_{ctx.task.primary}")
+        if key in last
     }
     metrics.update(epochs=float(state.epoch), steps=float(state.step), **fit.whole.figures())
     return StageResult(

@@ -29,6 +29,10 @@ class Setting:
     loss_scaled: bool = False  # fp16: gradients are scaled until the loop unscales them
     synced_batchnorm: bool = False  # forward passes hold collectives, so every rank must make every step
     averages_weights: bool = False  # an EMA follows the weights after every step
+    first_step: int = 0  # updates made before this stage was cut off
+    model: torch.nn.Module | None = (
+        None  # called once a backward pass; parts may get their parameters when they are called
+    )
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,7 @@ class Updater(ABC):
         return {}
 
     def restore_rank(self, states: list[dict[str, Tensor]]) -> None:  # noqa: B027
-        """Take ``rank_state`` back: this rank's own, or those of ranks that are gone as well, in a smaller world; maybe none."""
+        """Collective. Take ``rank_state`` back: this rank's own, in a smaller world also those of ranks that are gone; maybe none."""
 
     def describe(self) -> dict[str, Any]:
         """What was chosen and seen, for the artifact's record and the report (JSON)."""

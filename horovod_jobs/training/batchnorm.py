@@ -6,12 +6,27 @@ Ioffe & Szegedy 2015, arXiv:1502.03167; the backward pass is its section 3 with 
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from horovod_jobs.comm.world import World
+
+
+class Waiting:
+    """Seconds that forward and backward passes of this process have spent in collectives: most of it is waiting for others."""
+
+    seconds = 0.0
+
+
+def _total(local: Tensor, *, world: World, name: str) -> Tensor:
+    """Collective. The sum over ranks."""
+    start = time.perf_counter()
+    total = world.allreduce(local, name=name)
+    Waiting.seconds += time.perf_counter() - start
+    return total
 
 
 def _channel_view(vector: Tensor, like: Tensor) -> Tensor:
@@ -46,7 +61,7 @@ class _Normalise(torch.autograd.Function):
         sum_dy = dy.sum(axes)
         sum_dy_xhat = ((dy * x).sum(axes) - mean * sum_dy) * invstd
         local = torch.cat([sum_dy, sum_dy_xhat]).double()
-        total = ctx.world.allreduce(local, name=f"{ctx.name}.backward").to(x.dtype)
+        total = _total(local, world=ctx.world, name=f"{ctx.name}.backward").to(x.dtype)
         mean_dy, mean_dy_xhat = (total / ctx.count).chunk(2)
         # dx = weight * invstd * (dy - mean_dy - xhat * mean_dy_xhat), gathered into one multiplication and addition per element.
         slope = -mean_dy_xhat * invstd
@@ -103,7 +118,7 @@ class SyncBatchNorm(nn.Module):
             packed = torch.cat(
                 [mean * n, (var + mean * mean) * n, torch.tensor([float(n)], dtype=torch.float64, device=x.device)]
             )
-        packed = self._world.allreduce(packed, name=f"{self._name}.forward")
+        packed = _total(packed, world=self._world, name=f"{self._name}.forward")
         count = float(packed[-1])
         mean = packed[:channels] / count
         var = (packed[channels:-1] / count - mean * mean).clamp_(min=0.0)

@@ -23,7 +23,7 @@ from horovod_jobs.footprint import Footprint
 from horovod_jobs.interrupt import stopped
 from horovod_jobs.stages.base import StageContext
 from horovod_jobs.strategy.base import Setting, StepTime, Strategy
-from horovod_jobs.training.batchnorm import SyncBatchNorm
+from horovod_jobs.training.batchnorm import SyncBatchNorm, Waiting
 from horovod_jobs.training.checkpoint import Checkpoints
 from horovod_jobs.training.ema import Ema
 from horovod_jobs.training.nonfinite import refuse_non_finite
@@ -101,6 +101,8 @@ class Fit:
                 loss_scaled=self.config.precision == "fp16",
                 synced_batchnorm=any(isinstance(module, SyncBatchNorm) for module in self.objective.modules()),
                 averages_weights=self.ema is not None,
+                first_step=self.state.step,
+                model=self.objective,
             ),
         )
         self.updater.restore(strategy_state)
@@ -153,7 +155,7 @@ class Fit:
     # --- 3. an update -----------------------------------------------------------------------------------------------
     def _step(self, indices: Tensor, loader: Iterator[Batch]) -> None:
         state, clock = self.state, time.perf_counter
-        start = clock()
+        start, waited_s = clock(), Waiting.seconds
         seed_step(self.ctx.seed, state.step, self.world.rank)
         self._set_rate()
         self.updater.zero_grad()
@@ -194,7 +196,8 @@ class Fit:
             timing.total += end - start
             timing.steps += 1
             timing.samples += len(indices)
-        self.updater.finish_step(StepTime(total_s=end - start, compute_s=compute_s, samples=samples))
+        own_s = compute_s - (Waiting.seconds - waited_s)
+        self.updater.finish_step(StepTime(total_s=end - start, compute_s=own_s, samples=samples))
         self._account(dict(zip(names, control[4:], strict=True)))
         self._after_step(control[1:4])
 
@@ -260,7 +263,7 @@ class Fit:
         state.epoch, state.batch, state.sums = state.epoch + 1, 0, {}
         if self.ctx.data.validation is not None and (last or (every > 0 and state.epoch % every == 0)):
             entry.update(self.validate())
-            self._note_best(float(entry["validation_accuracy"]))
+            self._note_best(float(entry[f"validation_{self.ctx.task.primary}"]))
         patience = config.early_stop_epochs
         state.finished = last or (patience is not None and state.epochs_since_best >= patience)
         entry = {key: value for key, value in entry.items() if not (isinstance(value, float) and math.isnan(value))}
@@ -268,11 +271,12 @@ class Fit:
         self._log_scalars({key: float(value) for key, value in entry.items() if key not in ("epoch", "step")})
         self.ctx.events.emit("epoch", stage=self.ctx.name, **entry)
         shown = ", ".join(f"{key.replace('_', ' ')} {entry[key]:.4g}" for key in
-                          ("train_loss", "validation_loss", "validation_accuracy", "samples_per_s") if key in entry)  # fmt: skip
+                          ("train_loss", "validation_loss", f"validation_{self.ctx.task.primary}", "samples_per_s")
+                          if key in entry)  # fmt: skip
         self.ctx.log.info("%s: epoch %d of %d, %s", self.ctx.name, state.epoch, config.epochs, shown)
 
     def validate(self) -> dict[str, float]:
-        """Collective. Loss and accuracy on the validation split, with the averaged weights where there are."""
+        """Collective. Loss and primary figure on the validation split, with the averaged weights where there are."""
         if self.ema is not None:
             with self.ema.applied():
                 return self._validate()
@@ -293,7 +297,8 @@ class Fit:
         )
         self.objective.train()
         figures = self.ctx.task.summary(sums)
-        return {"validation_loss": float(figures["loss"]), "validation_accuracy": float(figures[self.ctx.task.primary])}
+        primary = self.ctx.task.primary
+        return {"validation_loss": float(figures["loss"]), f"validation_{primary}": float(figures[primary])}
 
     def _note_best(self, value: float) -> None:
         state = self.state

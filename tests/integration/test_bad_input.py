@@ -94,7 +94,7 @@ TABLE: dict[str, tuple[tuple[str, ...], int, str]] = {
     "model does not fit the pictures": (("data.side=8",), 2, r"does not fit inputs of shape \[1, 8, 8\]"),
     "optimizer refuses its argument": (("optimizer.lr=-1",), 2, r"SGD refused its arguments \(Invalid learning rate: -1\)"),
     "schedule out of range": (("schedule.peak_at=2",), 2, r"schedule\.peak_at=2 is not between 0 and 1"),
-    "unknown compression": (("strategy.compression=int3",), 2, r"compression=int3 is not known; use none or fp16"),
+    "unknown compression": (("strategy.compression=int3",), 2, r"compression=int3 is not known; use one of none, fp16, bf16, topk, randomk, onebit, sign, qsgd, powersgd"),
     "label smoothing out of range": (("task.label_smoothing=2",), 2, r"label_smoothing=2 is out of range"),
     "a word in place of a group's option": (("graph=pair", "student=mlp"), 2, r"stages\.student\.model=mlp names nothing to build; choose one \(model@student="),
     "temperature below zero": (("graph=pair", "distiller.temperature=-1"), 2, r"temperature=-1 is not positive"),

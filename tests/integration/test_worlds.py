@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -204,6 +206,19 @@ def test_help_and_the_composed_config(forks: Forks, tmp_path: Path) -> None:
     assert composed.code == 0, composed.text
     assert "global_batch: 24" in composed.out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_help_into_a_pipe_that_closes_is_no_error(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "horovod_jobs", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    said = process.stderr.read()
+    process.stderr.close()
+    assert process.wait() == 0
+    assert said == b""
 
 
 def test_events_are_json_lines(forks: Forks, tmp_path: Path) -> None:

@@ -94,6 +94,24 @@ def test_data_is_found_only_when_all_four_files_are_there(tmp_path: Path, monkey
     assert doctor._data()[0] == doctor.Check("fashion_mnist", True, str(folder))
 
 
+def test_both_layouts_of_movielens_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOROVOD_JOBS_DATA", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(doctor.util, "find_spec", lambda name: None)
+    cache = tmp_path / "home" / ".cache" / "horovod_jobs" / "data" / "ml-100k"
+    for folder, names in (
+        (cache, ("u.data", "u.item", "u.user")),
+        (tmp_path / "ml-100k", ("ml-100k.inter", "ml-100k.item", "ml-100k.user")),
+    ):
+        folder.mkdir(parents=True)
+        for name in names[:2]:
+            (folder / name).touch()
+        assert doctor.movielens_folder() != folder
+        (folder / names[2]).touch()
+        assert doctor.movielens_folder() == folder
+    assert next(check for check in doctor._data() if check.name == "movielens").ok
+
+
 def test_host_name_that_does_not_resolve_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(_: str) -> str:
         raise OSError("Name or service not known")

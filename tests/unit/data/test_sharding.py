@@ -10,6 +10,7 @@ from horovod_jobs.data.sharding import (
     micro_batches,
     num_batches,
     rank_slice,
+    weighted_slice,
 )
 from horovod_jobs.errors import ConfigError
 
@@ -66,6 +67,60 @@ def test_ranks_together_read_each_global_batch_once(n, global_batch, size, accum
         seen += batch.tolist()
     expected = n // global_batch * global_batch if drop_last else n
     assert seen == order.tolist()[:expected]
+
+
+def shares_of(weights):
+    return [weight / sum(weights) for weight in weights]
+
+
+weights_of = st.lists(st.floats(0.0, 10.0), min_size=1, max_size=9).filter(lambda weights: sum(weights) > 0.01)
+
+
+@given(count=st.integers(0, 500), weights=weights_of)
+def test_weighted_slices_are_a_partition_within_one_sample_of_their_shares(count, weights):
+    shares = shares_of(weights)
+    slices = [weighted_slice(count, rank=rank, shares=shares) for rank in range(len(shares))]
+    assert [position for part in slices for position in range(count)[part]] == list(range(count))
+    for part, share in zip(slices, shares, strict=True):
+        assert abs(len(range(count)[part]) - count * share) <= 1 + 1e-6
+
+
+@given(count=st.integers(0, 500), size=sizes)
+def test_equal_weights_are_even_to_one_sample(count, size):
+    lengths = [len(range(count)[weighted_slice(count, rank=rank, shares=[1 / size] * size)]) for rank in range(size)]
+    assert sum(lengths) == count
+    assert max(lengths) - min(lengths) <= 1 + (size > 2), "two roundings, of half a sample each"
+
+
+@given(
+    n=st.integers(0, 200),
+    global_batch=st.integers(1, 64),
+    accumulate=st.integers(1, 5),
+    weights=st.lists(weights_of, min_size=1, max_size=4),
+)
+def test_ranks_together_read_each_sample_once_whatever_the_shares(n, global_batch, accumulate, weights):
+    """The shares change from batch to batch; sizes differ as well, as in a job that goes on in another world."""
+    order = epoch_permutation(n, seed=0, epoch=0)
+    seen = []
+    for step, batch in enumerate(order.split(global_batch) if n else ()):
+        shares = shares_of(weights[step % len(weights)])
+        parts = [
+            micro_batches(batch, rank=rank, size=len(shares), accumulate=accumulate, shares=shares)
+            for rank in range(len(shares))
+        ]
+        assert all(len(mine) == accumulate for mine in parts)
+        for mine in parts:
+            assert max(map(len, mine)) - min(map(len, mine)) <= 1
+        assert torch.equal(torch.cat([part for mine in parts for part in mine]), batch)
+        seen += torch.cat([part for mine in parts for part in mine]).tolist()
+    assert seen == order.tolist()
+
+
+def test_a_share_of_all_and_a_share_of_nothing():
+    assert weighted_slice(10, rank=0, shares=(1.0, 0.0)) == slice(0, 10)
+    assert weighted_slice(10, rank=1, shares=(1.0, 0.0)) == slice(10, 10)
+    with pytest.raises(ConfigError, match="rank=2 is not one of 2 ranks"):
+        weighted_slice(10, rank=2, shares=(0.5, 0.5))
 
 
 @given(n=st.integers(0, 300), size=sizes, batch=st.integers(1, 40))

@@ -80,7 +80,7 @@ def test_a_missing_artifact_is_said_and_not_fatal(sample, tmp_path):
     assert list(problems) == ["plain"]
     assert "no artifact at" in problems["plain"]
     plain = data.models[1]
-    assert plain.accuracy == before.models[1].accuracy
+    assert plain.score == before.models[1].score
     assert plain.seconds == before.models[1].seconds
     assert plain.weights_bytes is None
 

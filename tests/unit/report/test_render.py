@@ -13,7 +13,7 @@ from horovod_jobs import formats
 from horovod_jobs.report import collect, render_html, render_model_card, render_terminal_table, summary
 from horovod_jobs.report.drawing import Box, draw_graph, layers
 from horovod_jobs.report.model_card import card_metadata
-from horovod_jobs.report.words import bytes_note, interval_points, summary_sentences
+from horovod_jobs.report.words import bytes_note, interval, summary_sentences
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_a_change_within_the_sampling_error_is_called_so(data):
 
 
 def test_interval(data):
-    assert interval_points(data.models[0]) == pytest.approx(196 * (0.912 * 0.088 / 10_000) ** 0.5)
+    assert interval(data.models[0]) == pytest.approx(1.96 * (0.912 * 0.088 / 10_000) ** 0.5)
 
 
 def test_bytes_note_tells_when_the_graph_outweighs_the_weights(data):

@@ -81,10 +81,10 @@ def _wide_mlp() -> nn.Module:
 
 WORKLOADS: dict[str, Workload] = {
     "resnet20": Workload(
-        "ResNet-20, 64 x 3x32x32, SGD",
+        "ResNet-20, 32 x 3x32x32, SGD",
         lambda: ResNet(num_classes=10, input_shape=(3, 32, 32), depth=20),
         _sgd,
-        lambda generator: _pictures(generator, samples=64, shape=(3, 32, 32)),
+        lambda generator: _pictures(generator, samples=32, shape=(3, 32, 32)),
     ),
     "gpt": Workload("GPT 4 x 256, 8 x 64 tokens, AdamW", Gpt, _adamw, _text),
     "mlp": Workload(

@@ -24,7 +24,7 @@ run: install ## set up and run the main job on two ranks
 test: install ## set up and pass the tests: one process first, then two ranks, then four
 	$(BIN)/python -m pytest tests --ignore=tests/parallel
 	$(BIN)/python -m tests.in_world -np 2 tests/parallel
-	$(BIN)/python -m tests.in_world -np 4 tests/parallel/test_groups.py tests/parallel/test_hierarchy.py
+	$(BIN)/python -m tests.in_world -np 4 $(addprefix tests/parallel/test_,adasum.py groups.py hierarchy.py parameter_server.py parameter_server_stages.py)
 
 check: install ## ruff, mypy and the tests
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,9 +52,14 @@ _SSH = """Host *
 """
 
 
+def search_path() -> str:
+    """Where programs are looked for: beside this Python, in the path, and in the directories that only root has in it."""
+    return f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
+
+
 def find(name: str) -> str | None:
-    """Where a program is, also in the directories that only root has in its path; None where it is not."""
-    return shutil.which(name, path=os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin")
+    """Where a program is; None where it is not."""
+    return shutil.which(name, path=search_path())
 
 
 def program(name: str) -> str:

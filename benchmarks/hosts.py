@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks._host_files import HOLD, SWITCH, find, program, write_files
+from benchmarks._host_files import HOLD, SWITCH, find, program, search_path, write_files
 from benchmarks.common import die_with_parent
 from horovod_jobs.errors import SetupError
 
@@ -149,7 +149,7 @@ class Hosts:
         with log.open("wb") as output:
             holder = subprocess.Popen(
                 command,
-                env={"PATH": f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin", "HOME": str(Path.home())},
+                env={"PATH": search_path(), "HOME": str(Path.home())},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from benchmarks._host_files import search_path
 from benchmarks._network_runs import (
     KIB,
     MIB,
@@ -77,9 +78,14 @@ def on_hosts(
     given, out = made.directory / "spec.json", made.directory / "found.json"
     given.write_text(json.dumps(spec))
     out.unlink(missing_ok=True)
-    passed = ("PATH", "HOME", "LANG", "PYTHONPATH", "LD_LIBRARY_PATH")
+    passed = ("HOME", "LANG", "PYTHONPATH", "LD_LIBRARY_PATH")
     env = {name: os.environ[name] for name in passed if name in os.environ}
-    env |= {"OMP_NUM_THREADS": "1", "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    env |= {
+        "PATH": search_path(),
+        "OMP_NUM_THREADS": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    }
     command = [*launcher, sys.executable, "-m", "benchmarks._exchange", kind, str(given), str(out)]
     try:
         done = made.run(command, env=env, timeout_s=limit_s)

@@ -63,10 +63,10 @@ def main() -> None:
     except KeyboardInterrupt:
         _fail(None, code=130)
     except SystemExit:
+        _flush()
         raise
     except BrokenPipeError:
-        # Who read the output (head, say) has had enough; what Python would still flush at the end goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        pass  # Who read the output (head, say) has had enough; _flush sends the rest nowhere.
     except BaseException as error:
         if isinstance(error, ValueError | YAMLError) and not _composed:
             _fail(ConfigError(_hydra_message(error)))
@@ -283,8 +283,16 @@ def _leave() -> None:
     _shutdown()
 
 
-def _shutdown() -> None:
-    sys.stdout.flush()
+def _flush() -> None:
+    """Write what is left; into a pipe that nobody reads any more it goes nowhere, without a word from Python at the end."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.stderr.flush()
+
+
+def _shutdown() -> None:
+    _flush()
     if _world is not None:
         _world.shutdown()

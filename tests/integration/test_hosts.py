@@ -108,8 +108,9 @@ def test_a_command_is_ended_after_its_time(two: Hosts) -> None:
 
 
 _MAKER = """
-import sys, time
+import signal, sys, time
 from benchmarks.hosts import hosts
+signal.signal(signal.SIGINT, signal.default_int_handler)  # A shell's background jobs, continuous integration among them, ignore it.
 with hosts(2) as made:
     made.start(["sleep", "1000"], host=1)
     made.run(["ssh", made.names[1], "nohup sleep 1000 >/dev/null 2>&1 &"])

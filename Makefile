@@ -9,10 +9,10 @@ export VENV
 BIN := $(abspath $(VENV))/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check bench clean
+.PHONY: help install run test test-cluster check bench clean
 
 help: ## show this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 16
 	@echo '  Variables: NP (ranks, now $(NP)), ARGS (more overrides for the job), VENV, PYTHON, TORCH_REQUIREMENT, EXTRAS'
 
 install: ## make the environment, Horovod included
@@ -22,9 +22,12 @@ run: install ## set up and run the main job on two ranks
 	$(BIN)/horovod-jobs experiment=main launch=local launch.np=$(NP) $(ARGS)
 
 test: install ## set up and pass the tests: one process first, then two ranks, then four
-	$(BIN)/python -m pytest tests --ignore=tests/parallel
+	$(BIN)/python -m pytest tests --ignore=tests/parallel --ignore=tests/cluster
 	$(BIN)/python -m tests.in_world -np 2 tests/parallel
 	$(BIN)/python -m tests.in_world -np 4 $(addprefix tests/parallel/test_,adasum.py groups.py hierarchy.py parameter_server.py parameter_server_stages.py)
+
+test-cluster: install ## the tests that need root, Slurm, buildah or more time than continuous integration has
+	$(BIN)/python -m pytest tests/cluster
 
 check: install ## ruff, mypy and the tests
 	$(BIN)/ruff check .

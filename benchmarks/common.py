@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from horovod_jobs.errors import SetupError
-from horovod_jobs.launch import usable_cores
+from horovod_jobs.launch.base import usable_cores
 from horovod_jobs.versions import versions
 
 
@@ -143,12 +143,14 @@ def run_in_world(module: str, arguments: Sequence[str], *, ranks: int) -> None:
     Raises:
         SetupError: a rank failed; its own message is above.
     """
-    from horovod_jobs import launch
     from horovod_jobs.config import LaunchConfig
+    from horovod_jobs.launch.base import this_host
+    from horovod_jobs.launch.local import plan
+    from horovod_jobs.launch.process import run_world
 
     config = LaunchConfig(kind="local", np=ranks, threads=1)
     command = [sys.executable, "-m", module, *arguments]
-    planned = launch.plan(config, host=launch.this_host(), environ=os.environ, command=command)
-    code = launch.run_world(planned, grace_s=5.0)
+    planned = plan(config, host=this_host(), environ=os.environ, command=command)
+    code = run_world(planned, grace_s=5.0)
     if code:
         raise SetupError(f"the world of {ranks} ranks that runs {module} ended with exit code {code}; see above")

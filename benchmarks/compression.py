@@ -54,12 +54,12 @@ def rank_main(spec: dict[str, Any], path: Path) -> None:
     """One rank: what ``spec['kind']`` names; rank 0 writes what was found."""
     import torch
 
-    from horovod_jobs import launch
     from horovod_jobs.comm.connect import connect
+    from horovod_jobs.launch import in_rank
 
     torch.set_num_threads(1)
     if spec["launched"]:
-        launch.register_rank()
+        in_rank.register_rank()
     world = connect()
     found = _steps(world, spec) if spec["kind"] == "steps" else _accuracy(world, spec)
     if world.is_main:
@@ -67,7 +67,7 @@ def rank_main(spec: dict[str, Any], path: Path) -> None:
     world.barrier(name="bench.end")
     world.shutdown()
     if spec["launched"]:
-        launch.record_exit(0)
+        in_rank.record_exit(0)
 
 
 def _updater(name: str, model: Any, world: Any, *, rate: float, steps_per_epoch: int) -> tuple[Any, Any]:

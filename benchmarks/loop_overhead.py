@@ -132,12 +132,12 @@ def rank_main(settings: dict[str, Any], path: Path) -> None:
     """In a rank: every case in turn; rank 0 writes what was measured."""
     import torch
 
-    from horovod_jobs import launch
     from horovod_jobs.comm.connect import connect
     from horovod_jobs.instantiate import instantiate
+    from horovod_jobs.launch import in_rank
 
     torch.set_num_threads(1)
-    launch.register_rank()
+    in_rank.register_rank()
     world = connect()
     data = instantiate(_DATA, allow=())
     found = {}
@@ -153,7 +153,7 @@ def rank_main(settings: dict[str, Any], path: Path) -> None:
     if world.is_main:
         path.write_text(json.dumps(found))
     world.shutdown()
-    launch.record_exit(0)
+    in_rank.record_exit(0)
 
 
 def _measure(node: dict[str, Any], synchronised: bool, directory: Path, *, world: Any, data: Any, steps: int, warmup: int,

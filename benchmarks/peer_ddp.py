@@ -82,10 +82,10 @@ def _meet(work: str) -> Setup:
     import torch
 
     from benchmarks._workloads import loss_of
-    from horovod_jobs import launch
     from horovod_jobs.comm.connect import connect
+    from horovod_jobs.launch import in_rank
 
-    launch.register_rank()
+    in_rank.register_rank()
     world = connect()
     model, optimizer, batch = _parts(work, world.rank)
     one = torch.ones(1)
@@ -99,19 +99,19 @@ def _meet(work: str) -> Setup:
     def close() -> None:
         world.barrier(name="bench.end")
         world.shutdown()
-        launch.record_exit(0)
+        in_rank.record_exit(0)
 
     return world.rank, step, lambda: {"ready": True}, close
 
 
 def _ours(work: str) -> Setup:
     from benchmarks._workloads import loss_of
-    from horovod_jobs import launch
     from horovod_jobs.comm.connect import connect
+    from horovod_jobs.launch import in_rank
     from horovod_jobs.strategy.allreduce import Allreduce
     from horovod_jobs.strategy.base import Setting, StepTime
 
-    launch.register_rank()
+    in_rank.register_rank()
     world = connect()
     model, optimizer, batch = _parts(work, world.rank)
     # As in a long stage, so that the probe of the first steps runs.
@@ -133,7 +133,7 @@ def _ours(work: str) -> Setup:
         updater.close()
         world.barrier(name="bench.end")
         world.shutdown()
-        launch.record_exit(0)
+        in_rank.record_exit(0)
 
     return world.rank, step, describe, close
 
@@ -235,15 +235,16 @@ class PausedWorld:
 
 def _commands(system: str, arguments: list[str]) -> list[tuple[list[str], dict[str, str]]]:
     """What to start, with its environment: one launcher, or the two ranks of the bound."""
-    from horovod_jobs import launch
     from horovod_jobs.config import LaunchConfig
+    from horovod_jobs.launch.base import this_host
+    from horovod_jobs.launch.local import plan
     from horovod_jobs.strategy.allreduce import Allreduce
 
     module = ["-m", "benchmarks.peer_ddp", *arguments]
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}
     if system in ("ours", "meet"):
         config = LaunchConfig(kind="local", np=RANKS, threads=1)
-        planned = launch.plan(config, host=launch.this_host(), environ=environ, command=[sys.executable, *module])
+        planned = plan(config, host=this_host(), environ=environ, command=[sys.executable, *module])
         return [(planned.argv, {**planned.env, **Allreduce().environment()})]
     if system == "ddp":
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]

@@ -36,7 +36,7 @@ from benchmarks._steps import WORKS
 from benchmarks.common import conclude, note, parser, table
 from benchmarks.hosts import Hosts, hosts, why_not
 from benchmarks.network import METHODS, TUNED, measure_allreduce, mpi, on_hosts
-from horovod_jobs.launch import usable_cores
+from horovod_jobs.launch.base import usable_cores
 
 METHOD = TUNED
 GOAL = 0.15

@@ -42,12 +42,12 @@ def rank_main(settings: dict[str, Any], path: Path) -> None:
     """In a rank: every case in turn, several rounds; rank 0 writes what was measured."""
     import torch
 
-    from horovod_jobs import launch
     from horovod_jobs.comm.connect import connect
     from horovod_jobs.instantiate import instantiate
+    from horovod_jobs.launch import in_rank
 
     torch.set_num_threads(1)
-    launch.register_rank()
+    in_rank.register_rank()
     world = connect()
     data = instantiate(_DATA, allow=())
     cases = {title: case for title, case in CASES.items() if title.startswith(settings["only"])}
@@ -66,7 +66,7 @@ def rank_main(settings: dict[str, Any], path: Path) -> None:
     if world.is_main:
         path.write_text(json.dumps(found))
     world.shutdown()
-    launch.record_exit(0)
+    in_rank.record_exit(0)
 
 
 def _train(

@@ -179,12 +179,12 @@ def rank_main(settings: dict[str, Any], path: Path) -> None:
     """In a rank: every case in turn; rank 0 writes what was measured."""
     import torch
 
-    from horovod_jobs import launch
     from horovod_jobs.comm.connect import connect
     from horovod_jobs.data.fashion_mnist import fashion_mnist
+    from horovod_jobs.launch import in_rank
 
     torch.set_num_threads(1)
-    launch.register_rank()
+    in_rank.register_rank()
     world = connect()
     data: Any = fashion_mnist()
     data = replace(data, train=data.train.subset(torch.arange(settings["steps"] * GLOBAL_BATCH)), validation=None)
@@ -205,7 +205,7 @@ def rank_main(settings: dict[str, Any], path: Path) -> None:
     if world.is_main:
         path.write_text(json.dumps(found))
     world.shutdown()
-    launch.record_exit(0)
+    in_rank.record_exit(0)
 
 
 @contextmanager

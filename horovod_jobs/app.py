@@ -20,7 +20,6 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from horovod_jobs import launch
 from horovod_jobs.comm.connect import GLOO_REMEDY, connect, launched_by, rank_hint, take_role
 from horovod_jobs.comm.roles import Roles, check_enough
 from horovod_jobs.comm.world import World
@@ -29,6 +28,9 @@ from horovod_jobs.errors import ConfigError, JobError
 from horovod_jobs.instantiate import instantiate, is_node
 from horovod_jobs.interrupt import StopRequest
 from horovod_jobs.job import Job, one_line, register_schema, resolve
+from horovod_jobs.launch import in_rank
+from horovod_jobs.launch.base import JobCommand
+from horovod_jobs.launch.starting import start
 from horovod_jobs.storage import digest_of
 
 _GOODBYE_S = 10.0
@@ -48,7 +50,7 @@ def main() -> None:
     """Entry point of the console script."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises; the message and the exit code are ours.
     register_schema()
-    launch.register_rank()
+    in_rank.register_rank()
     # A module of the user's beside them is found by the console script as by python -m; at the end, so that it hides nothing.
     sys.path.append(os.getcwd())
     if rank_hint() != 0:
@@ -91,9 +93,7 @@ def _job(cfg: DictConfig) -> None:
         check_enough(_servers(job), ranks=job.config.launch.np)
         if _servers(job) and job.config.launch.controller == "gloo":
             raise ConfigError(GLOO_REMEDY)
-        code = launch.start(
-            job.config.launch, overrides=list(HydraConfig.get().overrides.task), config=_config_arguments()
-        )
+        code = start(job.config.launch, job=_job_command(job))
         if code != 0:
             sys.exit(code)
         return
@@ -102,6 +102,12 @@ def _job(cfg: DictConfig) -> None:
             f"launch.np={job.config.launch.np} asks for a world of ranks and launch=none starts none; add launch=local"
         )
     _run_here(job)
+
+
+def _job_command(job: Job) -> JobCommand:
+    """What the ranks of this job are to run: everything that was typed, in a world that is there already."""
+    arguments = (*_config_arguments(), *HydraConfig.get().overrides.task, "launch=none")
+    return JobCommand(job.config.name, arguments, ("horovod-jobs", *sys.argv[1:]), job.resolved)
 
 
 def _config_arguments() -> list[str]:
@@ -125,7 +131,7 @@ def _run_here(job: Job) -> None:
             _serve(job, roles)
             return
         _world = connect(roles)
-        launch.set_threads(_world.local_size)
+        in_rank.set_threads(_world.local_size)
     world = _world
     from horovod_jobs.runner import Run, check_same_config
 
@@ -190,7 +196,7 @@ def _serve(job: Job, roles: Roles) -> None:
     """Hold parameters until the workers send this rank home. What ends a job is theirs to decide, signals as well."""
     global _serves
     _serves = True
-    launch.set_threads(roles.comm.Get_size())
+    in_rank.set_threads(roles.comm.Get_size())
     from horovod_jobs.strategy.parameter_server.server import Server
     from horovod_jobs.strategy.parameter_server.stage import Seat
 
@@ -213,7 +219,7 @@ def _show_plan(job: Job, world: World) -> None:
 
 def _command() -> list[str]:
     """The command to reproduce this run: what the person typed, which a launching parent passes on."""
-    return launch.original_command() or ["horovod-jobs", *sys.argv[1:]]
+    return in_rank.original_command() or ["horovod-jobs", *sys.argv[1:]]
 
 
 def _hydra_message(error: Exception) -> str:
@@ -241,7 +247,7 @@ def _suggestion(key: str) -> str:
 def _fail(error: JobError | None, *, code: int = 1, alone: bool = False) -> NoReturn:
     """Print the error once, leave no rank hanging, and exit with its code."""
     code = error.exit_code if error is not None else code
-    told = launch.record_exit(code)
+    told = in_rank.record_exit(code)
     if error is not None and _rank() == 0:
         # Before the others are met: the launcher ends every rank as soon as one has gone.
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -279,7 +285,7 @@ def _goodbye() -> bool:
 
 
 def _leave() -> None:
-    launch.record_exit(0)
+    in_rank.record_exit(0)
     _shutdown()
 
 

@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from horovod_jobs.config import STAGES, FitConfig, JobConfig, LaunchConfig, RunConfig, StageConfig, TrainStage
 from horovod_jobs.errors import ConfigError
 from horovod_jobs.instantiate import bind
+from horovod_jobs.launch.starting import KINDS
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 
@@ -115,8 +116,8 @@ def _check(job: Job) -> None:
     if config.data is None:
         raise ConfigError("data is empty; choose a data set (data=fashion_mnist)")
     for key, value in (("launch.kind", config.launch.kind),):
-        if value not in ("none", "local"):
-            raise ConfigError(f"{key}={value} is not known; use none or local")
+        if value not in ("none", *KINDS):
+            raise ConfigError(f"{key}={value} is not known; use none or {' or '.join(KINDS)}")
     if config.launch.np < 1:
         raise ConfigError(f"launch.np={config.launch.np} is not a number of ranks; use 1 or more")
     if config.launch.controller not in ("auto", "mpi", "gloo"):

@@ -10,8 +10,11 @@ import argparse
 import os
 import sys
 
-from horovod_jobs import launch
 from horovod_jobs.config import LaunchConfig
+from horovod_jobs.launch import in_rank
+from horovod_jobs.launch.base import this_host
+from horovod_jobs.launch.local import plan
+from horovod_jobs.launch.process import run_world
 
 
 def start(arguments: list[str]) -> int:
@@ -24,8 +27,8 @@ def start(arguments: list[str]) -> int:
     command = [sys.executable, "-m", "tests.in_world", "--rank", *rest]
     # Parts of the world (comm.groups) are made of process sets, which Horovod lets nobody add later without this.
     environ = {"HOROVOD_DYNAMIC_PROCESS_SETS": "1", **os.environ}
-    planned = launch.plan(config, host=launch.this_host(), environ=environ, command=command)
-    return launch.run_world(planned, grace_s=5.0)
+    planned = plan(config, host=this_host(), environ=environ, command=command)
+    return run_world(planned, grace_s=5.0)
 
 
 def rank(arguments: list[str]) -> int:
@@ -34,7 +37,7 @@ def rank(arguments: list[str]) -> int:
 
     from horovod_jobs.comm.connect import connect, rank_hint
 
-    launch.register_rank()
+    in_rank.register_rank()
     quiet = [] if rank_hint() == 0 else ["-q", "--no-header", "--no-summary", "-p", "no:terminalreporter"]
     world = connect()
     os.environ["HOROVOD_JOBS_TEST_RANK"] = str(world.rank)
@@ -46,7 +49,7 @@ def rank(arguments: list[str]) -> int:
     worst = max(codes)
     if world.is_main and worst:
         print(f"exit codes of pytest by rank: {codes}", file=sys.stderr)
-    launch.record_exit(worst)
+    in_rank.record_exit(worst)
     world.shutdown()
     return worst
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from horovod_jobs.launch import _MARKS as WORLD_MARKS
+from horovod_jobs.launch.base import _MARKS as WORLD_MARKS
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "tests" / "integration" / "conf"

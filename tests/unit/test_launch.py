@@ -13,7 +13,9 @@ import pytest
 
 from horovod_jobs.config import LaunchConfig
 from horovod_jobs.errors import ConfigError, SetupError
-from horovod_jobs.launch import Host, LaunchPlan, plan, run_world
+from horovod_jobs.launch.base import Host, LaunchPlan
+from horovod_jobs.launch.local import plan
+from horovod_jobs.launch.process import run_world
 
 HOST = Host(python="/venv/bin/python", mpirun="/venv/bin/mpirun", horovodrun="/venv/bin/horovodrun", has_mpi4py=True,
             has_horovod=True, cores=8, is_root=False)  # fmt: skip
@@ -75,8 +77,8 @@ def world_of(script: str) -> LaunchPlan:
         ("pass", 0),
         ("import sys; sys.exit(3)", 3),
         ("import os; os.kill(os.getpid(), 9)", 137),
-        ("from horovod_jobs import launch; launch.record_exit(75)", 75),
-        ("import sys; from horovod_jobs import launch; launch.record_exit(75); sys.exit(1)", 75),
+        ("from horovod_jobs.launch import in_rank; in_rank.record_exit(75)", 75),
+        ("import sys; from horovod_jobs.launch import in_rank; in_rank.record_exit(75); sys.exit(1)", 75),
     ],
 )
 def test_the_exit_code_is_the_jobs(script: str, code: int) -> None:
@@ -85,12 +87,12 @@ def test_the_exit_code_is_the_jobs(script: str, code: int) -> None:
 
 RANK = """
 import os, signal, sys, time, pathlib
-from horovod_jobs import launch
+from horovod_jobs.launch import in_rank
 def stop(number, frame):
     if {obey}:
-        launch.record_exit(75); sys.exit(75)
+        in_rank.record_exit(75); sys.exit(75)
 signal.signal(signal.SIGTERM, stop)
-launch.register_rank()
+in_rank.register_rank()
 pathlib.Path({ready!r}).touch()
 while True: time.sleep(0.05)
 """

@@ -1,0 +1,107 @@
+"""What every launcher works with: this host, the job's command, a plan, and the part of the environment that may travel."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from horovod_jobs.config import LaunchConfig
+from horovod_jobs.errors import ConfigError
+
+# What a rank needs of the environment. Anything else, a password in a variable say, stays behind; launch.env adds names.
+_NAMES = ("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "TZ", "TMPDIR", "TERM", "COLUMNS", "VIRTUAL_ENV", "LD_LIBRARY_PATH",
+          "LD_PRELOAD", "HOSTNAME", "XDG_CACHE_HOME", "NO_COLOR", "HYDRA_FULL_ERROR")  # fmt: skip
+_PREFIXES = ("LC_", "PYTHON", "HOROVOD_", "OMP_", "MKL_", "KMP_", "GOMP_", "OPENBLAS_", "OMPI_", "PMIX_MCA_", "PRTE_MCA_", "UCX_",
+             "NCCL_", "CUDA_", "NVIDIA_", "TORCH_", "TORCHINDUCTOR_", "MALLOC_")  # fmt: skip
+# Marks of a world that this process itself may have been started in; a new world must not inherit them.
+_MARKS = ("HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_", "HOROVOD_CROSS_", "HOROVOD_GLOO_", "HOROVOD_CONTROLLER", "OMPI_COMM_",
+          "OMPI_UNIVERSE_", "HOROVOD_CPU_OPERATIONS")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class JobCommand:
+    """The job that is to be started, as its ranks will be told."""
+
+    name: str
+    arguments: tuple[str, ...]  # of horovod-jobs in every rank: what the person typed, without the launcher
+    typed: tuple[str, ...]  # what the person typed, to reproduce the run
+    config: Mapping[str, Any] = field(default_factory=dict)  # resolved
+
+    def argv(self, python: str) -> list[str]:
+        """The command of a rank under a Python."""
+        return [python, "-m", "horovod_jobs", *self.arguments]
+
+
+@dataclass(frozen=True)
+class Host:
+    """What the launcher must know of this host."""
+
+    python: str
+    mpirun: str | None
+    horovodrun: str | None
+    has_mpi4py: bool
+    has_horovod: bool
+    cores: int
+    is_root: bool
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """A command and its whole environment, and the files it reads."""
+
+    argv: list[str]
+    env: dict[str, str]
+    controller: str
+    files: dict[str, str] = field(default_factory=dict)  # name -> text: a batch script, a manifest
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def this_host() -> Host:
+    """Look at this host, the environment of this Python first."""
+    beside = str(Path(sys.executable).parent)
+    search = beside + os.pathsep + os.environ.get("PATH", os.defpath)
+    return Host(
+        python=sys.executable,
+        mpirun=shutil.which("mpirun", path=search),
+        horovodrun=shutil.which("horovodrun", path=search),
+        has_mpi4py=find_spec("mpi4py") is not None,
+        has_horovod=find_spec("horovod") is not None,
+        cores=usable_cores(),
+        is_root=os.geteuid() == 0,
+    )
+
+
+def environment(launch: LaunchConfig, *, host: Host, environ: Mapping[str, str]) -> dict[str, str]:
+    """Of this process's variables those that the ranks get, and those that every rank needs.
+
+    Raises:
+        ConfigError: a variable named in ``launch.env`` is not set.
+    """
+    missing = [name for name in launch.env if name not in environ]
+    if missing:
+        raise ConfigError(
+            f"launch.env names {', '.join(missing)}, which is not set here; export it or take it off the list"
+        )
+    env = {
+        name: value
+        for name, value in environ.items()
+        if (name in _NAMES or name in launch.env or name.startswith(_PREFIXES)) and not name.startswith(_MARKS)
+    }
+    threads = launch.threads or max(1, host.cores // launch.np)
+    env.setdefault("OMP_NUM_THREADS", str(threads))
+    if launch.threads:
+        env["OMP_NUM_THREADS"] = str(threads)
+    env["PATH"] = str(Path(host.python).parent) + os.pathsep + env.get("PATH", os.defpath)
+    if host.is_root:
+        env["OMPI_ALLOW_RUN_AS_ROOT"] = env["OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"] = "1"
+    return env

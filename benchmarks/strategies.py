@@ -25,6 +25,7 @@ WORK = ("graph=train", "data=fashion_mnist", "model=mlp", "footprint=none", "tra
 STRATEGIES: dict[str, tuple[int, tuple[str, ...]]] = {
     "all-reduce": (2, ()),
     "parameter server, one of its own, sync": (3, ("strategy=parameter_server",)),
+    "parameter server, one of its own, async": (3, ("strategy=parameter_server", "strategy.consistency=async")),
     "parameter server, colocated, sync": (2, ("strategy=parameter_server", "strategy.servers=colocated")),
     "parameter server, colocated, ssp of 2": (
         2,

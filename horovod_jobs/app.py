@@ -9,18 +9,22 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from horovod_jobs.comm.connect import GLOO_REMEDY, connect, launched_by, rank_hint, take_role
+from horovod_jobs.comm.member import current, take_ticket
 from horovod_jobs.comm.roles import Roles, check_enough
 from horovod_jobs.comm.world import World
 from horovod_jobs.config import STAGES, FitConfig, JobConfig, LaunchConfig, RunConfig, TrainStage
@@ -30,8 +34,11 @@ from horovod_jobs.interrupt import StopRequest
 from horovod_jobs.job import Job, one_line, register_schema, resolve
 from horovod_jobs.launch import in_rank
 from horovod_jobs.launch.base import JobCommand
-from horovod_jobs.launch.starting import start
+from horovod_jobs.launch.starting import finish_sweep, start
 from horovod_jobs.storage import digest_of
+
+if TYPE_CHECKING:
+    from horovod_jobs.runner import Outcome
 
 _GOODBYE_S = 10.0
 _composed = False  # Before a config is composed, only Hydra has run: its errors are about what the person typed.
@@ -57,7 +64,10 @@ def main() -> None:
         # --help, --cfg and warnings once, not once a rank; errors of this rank alone still go to stderr.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
+        take_ticket()
         hydra.main(version_base="1.3", config_path=conf_dir(), config_name="config")(_task)()
+        if code := finish_sweep():
+            sys.exit(code)
     except (HydraException, OmegaConfBaseException) as error:
         _fail(ConfigError(_hydra_message(error)))
     except JobError as error:
@@ -93,7 +103,7 @@ def _job(cfg: DictConfig) -> None:
         check_enough(_servers(job), ranks=job.config.launch.np)
         if _servers(job) and job.config.launch.controller == "gloo":
             raise ConfigError(GLOO_REMEDY)
-        code = start(job.config.launch, job=_job_command(job))
+        code = start(job.config.launch, job=_job_command(job), elastic=_is_elastic(job))
         if code != 0:
             sys.exit(code)
         return
@@ -107,7 +117,14 @@ def _job(cfg: DictConfig) -> None:
 def _job_command(job: Job) -> JobCommand:
     """What the ranks of this job are to run: everything that was typed, in a world that is there already."""
     arguments = (*_config_arguments(), *HydraConfig.get().overrides.task, "launch=none")
-    return JobCommand(job.config.name, arguments, ("horovod-jobs", *sys.argv[1:]), job.resolved)
+    return JobCommand(
+        job.config.name,
+        arguments,
+        ("horovod-jobs", *sys.argv[1:]),
+        job.resolved,
+        of_sweep=HydraConfig.get().mode == RunMode.MULTIRUN,
+        outlives_ranks=_outlives_ranks(job),
+    )
 
 
 def _config_arguments() -> list[str]:
@@ -125,23 +142,44 @@ def _run_here(job: Job) -> None:
     if _serves:
         return  # The workers of an earlier job of this sweep have sent this rank home, when all their jobs were done.
     _apply_settings(job)
+    if (member := current()) is not None:
+        # Before the others wait for this rank, as all that takes time to load.
+        import horovod_jobs.runner
+        import horovod_jobs.stages.train  # noqa: F401
+        from horovod_jobs.launch.elastic.rounds import run_rounds
+
+        outcome = run_rounds(member, partial(_in_world, job))
+        if outcome is None:
+            _world = None  # This rank's place is gone, and its last world with it.
+        _show(outcome)
+        return
     if _world is None:
         roles = _role(job)
         if roles is not None and roles.is_server:
             _serve(job, roles)
             return
-        _world = connect(roles)
-        in_rank.set_threads(_world.local_size)
-    world = _world
+        _world = connect(roles, outlives_ranks=_outlives_ranks(job))
+    with StopRequest().installed() as stop:
+        _show(_in_world(job, _world, stop, lambda error: False))
+
+
+def _in_world(job: Job, world: World, stop: StopRequest, goes_on: Callable[[BaseException], bool]) -> Outcome | None:
+    """Collective. Run the job in this world; None for a plan. ``goes_on``: see ``Run``."""
+    global _world
+    _world = world
+    in_rank.set_threads(world.local_size)
     from horovod_jobs.runner import Run, check_same_config
 
     check_same_config(job, world)
     if job.config.plan:
         _show_plan(job, world)
-        return
-    with StopRequest().installed() as stop:
-        outcome = Run(job, world, command=_command(), stop=stop)()
-    if world.is_main:
+        return None
+    give_up = partial(_fail, alone=True)
+    return Run(job, world, command=_command(), stop=stop, give_up=give_up, goes_on=goes_on)()
+
+
+def _show(outcome: Outcome | None) -> None:
+    if outcome is not None and _rank() == 0:
         from horovod_jobs.console import result_console
         from horovod_jobs.report import summary
 
@@ -172,15 +210,33 @@ def _servers(job: Job) -> int:
         ConfigError: its stages do not agree on their number.
     """
     wanted: dict[int, str] = {}
-    for name, stage in job.stages.items():
-        if isinstance(stage, TrainStage) and stage.enabled and is_node(stage.strategy):
-            strategy = instantiate(stage.strategy, allow=job.config.allow_targets, where=f"stages.{name}.strategy")
-            wanted.setdefault(getattr(strategy, "dedicated_servers", 0), name)
+    for name, strategy in _strategies(job).items():
+        wanted.setdefault(getattr(strategy, "dedicated_servers", 0), name)
     counts = sorted(set(wanted) - {0})
     if len(counts) > 1:
         said = ", ".join(f"stages.{wanted[count]}.strategy.servers={count}" for count in counts)
         raise ConfigError(f"{said}: ranks are set aside once for the whole job; use one number in all stages")
     return counts[0] if counts else 0
+
+
+def _strategies(job: Job) -> dict[str, Any]:
+    """The strategy of each stage that trains."""
+    return {
+        name: instantiate(stage.strategy, allow=job.config.allow_targets, where=f"stages.{name}.strategy")
+        for name, stage in job.stages.items()
+        if isinstance(stage, TrainStage) and stage.enabled and is_node(stage.strategy)
+    }
+
+
+def _outlives_ranks(job: Job) -> bool:
+    """Whether all training of this job could go on without a rank that dies; then its world must be one that can."""
+    found = [getattr(strategy, "outlives_ranks", False) for strategy in _strategies(job).values()]
+    return bool(found) and all(found) and job.config.run.parallel_stages == 1
+
+
+def _is_elastic(job: Job) -> bool:
+    """Whether a stage trains in a world that may change."""
+    return any(getattr(strategy, "elastic", False) for strategy in _strategies(job).values())
 
 
 def _role(job: Job) -> Roles | None:
@@ -200,11 +256,16 @@ def _serve(job: Job, roles: Roles) -> None:
     from horovod_jobs.strategy.parameter_server.server import Server
     from horovod_jobs.strategy.parameter_server.stage import Seat
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     up, down = roles.wires()
     allow = tuple(job.config.allow_targets)
-    Server(Seat(up, down, roles.rank, roles.worker_ranks, roles.server_ranks, allow)).serve()
+    roles.unwatched()
+    Server(Seat(up, down, roles.rank, roles.worker_ranks, roles.server_ranks, allow, roles.hosts)).serve()
+    if up.lost():
+        in_rank.record_exit(0)
+        _flush()
+        os._exit(0)  # As in _shutdown.
 
 
 def _show_plan(job: Job, world: World) -> None:
@@ -258,7 +319,7 @@ def _fail(error: JobError | None, *, code: int = 1, alone: bool = False) -> NoRe
         # The others wait in a collective this rank will never reach; the launcher ends them when this one is gone.
         sys.stderr.flush()
         os._exit(code)
-    _shutdown()
+    _shutdown(code)
     # A parent that knows the code needs no exit status: mpirun would add a page about it.
     sys.exit(0 if told and _world is not None else code)
 
@@ -275,7 +336,7 @@ def _goodbye() -> bool:
 
     def meet() -> None:
         with contextlib.suppress(Exception):
-            world.barrier(name="goodbye")
+            world.farewell()
             arrived.set()
 
     meeting = threading.Thread(target=meet, daemon=True)
@@ -286,7 +347,9 @@ def _goodbye() -> bool:
 
 def _leave() -> None:
     in_rank.record_exit(0)
-    _shutdown()
+    for lost in _world.lost if _world is not None else ():
+        in_rank.record_lost(lost["rank"])
+    _shutdown(0)
 
 
 def _flush() -> None:
@@ -298,7 +361,11 @@ def _flush() -> None:
     sys.stderr.flush()
 
 
-def _shutdown() -> None:
+def _shutdown(code: int) -> None:
     _flush()
     if _world is not None:
         _world.shutdown()
+    if _world is not None and _world.bereaved:
+        # MPI_Finalize would wait for the dead for about twenty seconds.
+        _flush()
+        os._exit(code)

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -17,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from horovod_jobs.errors import ArtifactError, StorageError
-from horovod_jobs.storage import publish_dir, sha256_file, storage_errors, write_json
+from horovod_jobs.errors import ArtifactError
+from horovod_jobs.storage import locked, publish_dir, sha256_file, storage_errors, write_json
 
 SCHEMA_VERSION = 1
 INDEX = "artifact.json"
@@ -184,25 +183,10 @@ class ArtifactStore:
             StorageError: another process holds it; the message names it.
         """
         work = self.work(kind, fingerprint)
-        path = work.with_name(work.name + ".lock")
-        with storage_errors("lock", path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            stream = path.open("a+", encoding="utf-8")
-        with stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                stream.seek(0)
-                holder = stream.read().strip() or "unknown"
-                raise StorageError(
-                    f"another job is making {reference(kind, fingerprint)} ({holder}); wait for it to end or choose another "
-                    "store (run.store=...)"
-                ) from error
-            stream.truncate(0)
-            stream.write(f"process {os.getpid()} on {os.uname().nodename}")
-            stream.flush()
+        what = reference(kind, fingerprint)
+        busy = f"another job is making {what} ({{holder}}); wait for it to end or choose another store (run.store=...)"
+        with locked(work.with_name(work.name + ".lock"), busy=busy):
             yield
-            stream.truncate(0)
 
     def sweep_staging(self, kind: str, fingerprint: str) -> None:
         """Remove staging directories that killed jobs left behind: this artifact's, whose lock the caller holds, and any a day old."""

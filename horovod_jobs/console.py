@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -48,6 +48,21 @@ class _Lines:
             logging.getLogger(LOGGER).info("%s %d/%d %s", self._label, done, self._total, note)
 
 
+class _Json:
+    """A JSON line every few seconds on standard error, for ``horovod-runs watch -``."""
+
+    def __init__(self, label: str, total: int, *, every_s: float = 2.0) -> None:
+        self._label, self._total, self._every_s = label, total, every_s
+        self._last = float("-inf")
+
+    def update(self, done: int, note: str = "") -> None:
+        now = time.monotonic()
+        if now - self._last >= self._every_s or done >= self._total:
+            self._last = now
+            told = {"event": "progress", "stage": self._label, "done": done, "total": self._total, "note": note}
+            print(json.dumps({"time": round(time.time(), 3), **told}), file=sys.stderr, flush=True)
+
+
 class _Bar:
     def __init__(self, bars: Any, task: Any) -> None:
         self._bars, self._task = bars, task
@@ -56,21 +71,60 @@ class _Bar:
         self._bars.update(self._task, completed=done, note=note)
 
 
-class Console:
-    """Opened once a job by the runner; ``progress()`` is for stages."""
+Doing = tuple[str | None, int, int, str]  # label, done, total, note
 
-    def __init__(self, *, is_main: bool, mode: str) -> None:
+
+class _Noted:
+    """Passes progress on to what shows it, and notes it for whoever asks what this rank is doing."""
+
+    def __init__(self, shown: Progress, console: Console, label: str, total: int) -> None:
+        self._shown, self._console, self._label, self._total = shown, console, label, total
+
+    def update(self, done: int, note: str = "") -> None:
+        self._console.note((self._label, done, self._total, note))
+        self._shown.update(done, note)
+
+
+class Console:
+    """Opened once a job by the runner; ``progress()`` is for stages.
+
+    Attributes:
+        now: what this rank is doing: label, done, out of how many, and a note.
+    """
+
+    def __init__(self, *, is_main: bool, mode: str, above: Console | None = None) -> None:
         if mode == "auto":
             mode = "bars" if sys.stderr.isatty() or forwarded_terminal() else "lines"
         self._mode = mode if is_main else "none"
+        self._above = above  # the whole world's console, where this is a part's
+        self.now: Doing = (None, 0, 0, "")
+        self.listener: Callable[[Doing], None] | None = None  # hears of every step (chaos)
+
+    def note(self, doing: Doing) -> None:
+        self.now = doing
+        if self.listener is not None:
+            self.listener(doing)
+        if self._above is not None:
+            self._above.note(doing)
 
     @contextmanager
     def progress(self, label: str, total: int) -> Iterator[Progress]:
         """Show how far ``label`` is, out of ``total``."""
+        self.note((label, 0, total, ""))
+        try:
+            with self._shown(label, total) as shown:
+                yield _Noted(shown, self, label, total)
+        finally:
+            self.note((None, 0, 0, ""))
+
+    @contextmanager
+    def _shown(self, label: str, total: int) -> Iterator[Progress]:
         if self._mode == "none":
             yield _Silent()
         elif self._mode == "lines":
             yield _Lines(label, total)
+        elif self._mode == "json":
+            yield _Json(label, total)
         else:
             from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -87,14 +141,21 @@ class Console:
 
 
 class EventLog:
-    """Facts as JSON lines in ``<run>/events.jsonl``; rank 0 writes, others hold one without a path."""
+    """Facts as JSON lines in ``<run>/events.jsonl``; rank 0 writes, others hold one without a path.
 
-    def __init__(self, path: Path | None) -> None:
+    ``echo``: the same lines on standard error.
+    """
+
+    def __init__(self, path: Path | None, *, echo: bool = False) -> None:
         self._stream = path.open("a", encoding="utf-8", buffering=1) if path else None
+        self._echo = echo
 
     def emit(self, event: str, **fields: Any) -> None:
         if self._stream is not None:
-            self._stream.write(json.dumps({"time": round(time.time(), 3), "event": event, **fields}) + "\n")
+            line = json.dumps({"time": round(time.time(), 3), "event": event, **fields})
+            self._stream.write(line + "\n")
+            if self._echo:
+                print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self._stream is not None:

@@ -31,6 +31,7 @@ EXTRAS = (
     ("torchao", "torchao", "quantizes by PT2E", "pip install torchao"),
     ("codecarbon", "codecarbon", "estimates energy and carbon", "pip install codecarbon"),
     ("mlflow", "mlflow-skinny", "tracker=mlflow", "pip install 'horovod-jobs[mlflow]'"),
+    ("kubernetes", "kubernetes", "launch=mpijob, launch=trainjob", "pip install 'horovod-jobs[kubernetes]'"),
     ("openvino", "openvino", "OpenVINO backend", "pip install openvino"),
     ("nncf", "nncf", "OpenVINO's quantization", "pip install nncf"),
     ("tensorrt", "tensorrt", "TensorRT backend, needs an NVIDIA GPU", "pip install tensorrt"),

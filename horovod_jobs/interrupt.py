@@ -13,7 +13,10 @@ from horovod_jobs.errors import Interrupted, InterruptedByUser
 
 
 class StopRequest:
-    """Whether somebody asked this rank to stop. ``code`` is 0, 1 (SIGTERM, SIGUSR1) or 2 (Ctrl-C)."""
+    """Whether somebody asked this rank to stop. ``code`` is 0, 1 (SIGTERM, SIGUSR1) or 2 (Ctrl-C).
+
+    A launcher over hosts sends SIGUSR2 for Ctrl-C, because mpirun passes that one on to ranks everywhere.
+    """
 
     def __init__(self) -> None:
         self.code = 0
@@ -24,13 +27,15 @@ class StopRequest:
                 raise KeyboardInterrupt
             self.code = 2
             print("\nStopping after this step, with a checkpoint. Press Ctrl-C again to stop at once.", file=sys.stderr)
+        elif number == signal.SIGUSR2:
+            self.code = 2
         elif self.code == 0:
             self.code = 1
 
     @contextmanager
     def installed(self) -> Iterator[StopRequest]:
-        """Take SIGTERM, SIGINT and SIGUSR1 for the time of the body."""
-        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        """Take SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 for the time of the body."""
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
         before = {number: signal.signal(number, self._note) for number in numbers}
         try:
             yield self

@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import difflib
 import typing
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf, SCMode
 from omegaconf.errors import OmegaConfBaseException
 
-from horovod_jobs.config import STAGES, FitConfig, JobConfig, LaunchConfig, RunConfig, StageConfig, TrainStage
+from horovod_jobs.config import (
+    STAGES,
+    DockerConfig,
+    ElasticConfig,
+    FitConfig,
+    HostsConfig,
+    JobConfig,
+    KubernetesConfig,
+    LaunchConfig,
+    RunConfig,
+    SlurmConfig,
+    StageConfig,
+    TrainStage,
+)
 from horovod_jobs.errors import ConfigError
-from horovod_jobs.instantiate import bind
-from horovod_jobs.launch.starting import KINDS
+from horovod_jobs.instantiate import bind, instantiate
+from horovod_jobs.launch.starting import KINDS, counted_ranks
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 
@@ -56,6 +69,7 @@ def resolve(cfg: DictConfig) -> Job:
         for name, node in resolved["stages"].items()
     }
     config = _dataclass(JobConfig, {**resolved, "stages": {}})
+    config.launch = replace(config.launch, np=counted_ranks(config.launch))
     job = Job(config=config, stages=stages, resolved=resolved)
     _check(job)
     return job
@@ -95,7 +109,9 @@ def one_line(error: Exception) -> str:
 
 
 def _dataclass(cls: type, values: dict[str, Any], *, where: str = "") -> Any:
-    nested = {"fit": FitConfig, "launch": LaunchConfig, "run": RunConfig}
+    nested = {"fit": FitConfig, "launch": LaunchConfig, "run": RunConfig, "hosts": HostsConfig, "slurm": SlurmConfig,
+              "docker": DockerConfig, "kubernetes": KubernetesConfig,
+              "elastic": ElasticConfig}  # fmt: skip
     known = [entry.name for entry in fields(cls)]
     arguments = {}
     for key, value in values.items():
@@ -118,18 +134,22 @@ def _check(job: Job) -> None:
     for key, value in (("launch.kind", config.launch.kind),):
         if value not in ("none", *KINDS):
             raise ConfigError(f"{key}={value} is not known; use none or {' or '.join(KINDS)}")
-    if config.launch.np < 1:
+    if config.launch.np < 1 and config.launch.kind not in ("hosts", "slurm"):
         raise ConfigError(f"launch.np={config.launch.np} is not a number of ranks; use 1 or more")
     if config.launch.controller not in ("auto", "mpi", "gloo"):
         raise ConfigError(f"launch.controller={config.launch.controller} is not known; use auto, mpi or gloo")
-    if config.run.progress not in ("auto", "bars", "lines", "none"):
-        raise ConfigError(f"run.progress={config.run.progress} is not known; use auto, bars, lines or none")
+    if config.run.progress not in ("auto", "bars", "lines", "json", "none"):
+        raise ConfigError(f"run.progress={config.run.progress} is not known; use auto, bars, lines, json or none")
     if config.run.log_level not in ("debug", "info", "warning", "error"):
         raise ConfigError(f"run.log_level={config.run.log_level} is not known; use debug, info, warning or error")
     for name, stage in job.stages.items():
         if isinstance(stage, TrainStage) and stage.enabled:
             _check_fit(f"stages.{name}.fit", stage.fit)
     bind(config.data, where="data", allow=config.allow_targets)
+    if config.launch.restarts < 0:
+        raise ConfigError(f"launch.restarts={config.launch.restarts} is not a number of starts; use 0 or more")
+    if config.chaos is not None:
+        instantiate(config.chaos, allow=config.allow_targets, where="chaos")
 
 
 def _check_fit(where: str, fit: FitConfig) -> None:

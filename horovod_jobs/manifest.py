@@ -18,12 +18,16 @@ SCHEMA_VERSION = 1
 NAME = "manifest.json"
 
 
-class WorldEntry(TypedDict):
-    """The world of ranks a run had."""
-
+class _Ranks(TypedDict):
     size: int
     hosts: int
     controller: str
+
+
+class WorldEntry(_Ranks, total=False):
+    """The world of ranks a run had when it began, and rank and host of those that died and without which the others went on."""
+
+    lost: list[dict[str, Any]]
 
 
 class StageEntry(TypedDict):

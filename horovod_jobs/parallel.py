@@ -111,7 +111,11 @@ def _workplace(
         stop=asked,
         spending=Spending(meter, per_host),
         # Bars of several stages would tear each other apart.
-        console=Console(is_main=part.is_main, mode="none" if prepared.job.config.run.progress == "none" else "lines"),
+        console=Console(
+            is_main=part.is_main,
+            mode="none" if prepared.job.config.run.progress == "none" else "lines",
+            above=whole.console,
+        ),
         events=_Events(tell) if part.is_main else EventLog(None),
         tracker=_Scalars(tell) if part.is_main else NullTracker(),
         record=record,

@@ -29,7 +29,7 @@ class Record:
     """A run's manifest. Where stages run side by side, two threads of rank 0 tell it things."""
 
     def __init__(self, job: Job, world: World, *, run_dir: Path, command: list[str]) -> None:
-        self._run_dir, self._is_main = run_dir, world.is_main
+        self._run_dir, self._is_main, self._world = run_dir, world.is_main, world
         self._lock = threading.Lock()
         self._started = time.monotonic()
         self.manifest: dict[str, Any] = {
@@ -63,8 +63,14 @@ class Record:
         """
         with self._lock:
             self._total()
+            if self._world.lost:
+                self.manifest["world"]["lost"] = list(self._world.lost)
             if self._is_main:
                 manifests.write(self._run_dir, self.manifest)
+
+    def take_over(self) -> None:
+        """Write from this rank from now on: rank 0 is lost. Every rank has kept the same manifest."""
+        self._is_main = True
 
     def end(self, error: BaseException | None, *, log: logging.Logger) -> tuple[str, int]:
         """Write how the run ended; gives its status and exit code. Not a collective: a rank that fails alone asks nobody."""

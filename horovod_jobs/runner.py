@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import secrets
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,18 +13,22 @@ from pathlib import Path
 from typing import Any
 
 from horovod_jobs.artifacts import Artifact, ArtifactStore
+from horovod_jobs.chaos import Striker
 from horovod_jobs.comm.connect import world_lost
 from horovod_jobs.comm.world import World
+from horovod_jobs.config import RunConfig
 from horovod_jobs.console import Console, EventLog, logging_to
-from horovod_jobs.errors import ConfigError, StorageError, WorldError
+from horovod_jobs.errors import ConfigError, JobError, StorageError, WorldError
+from horovod_jobs.instantiate import instantiate, is_node
 from horovod_jobs.interrupt import StopRequest
 from horovod_jobs.job import Job
 from horovod_jobs.lifecycle import Workplace, make
 from horovod_jobs.parallel import side_by_side
 from horovod_jobs.planning import Planned, Prepared, plan, prepare
+from horovod_jobs.pulse import Pulse
 from horovod_jobs.record import Record, figures
 from horovod_jobs.spending import Spending
-from horovod_jobs.storage import digest_of, flatten, storage_errors, update_link, write_text
+from horovod_jobs.storage import digest_of, flatten, locked, storage_errors, update_link, write_text
 from horovod_jobs.tracking import NullTracker, Tracker
 
 
@@ -53,7 +58,8 @@ def check_same_config(job: Job, world: World) -> None:
     raise WorldError(f"ranks were given different configs ({shown}); start every rank with the same command and files")
 
 
-def _make_run_dir(job: Job) -> str:
+def _make_run_dir(job: Job, stack: ExitStack) -> str:
+    """The run's directory, which stays this job's until ``stack`` is closed."""
     root = Path(job.config.run.root)
     run_id = job.config.run.id or f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     if not run_id or "/" in run_id or run_id.startswith(".") or run_id == "latest":
@@ -61,6 +67,8 @@ def _make_run_dir(job: Job) -> str:
     run_dir = root / run_id
     with storage_errors("make the run directory", run_dir):
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    busy = f"run {run_id} is another job's at this moment ({{holder}}); wait for it to end, or leave run.id out"
+    stack.enter_context(locked(run_dir / ".lock", busy=busy))
     import yaml
 
     write_text(run_dir / "config.yaml", yaml.safe_dump(job.resolved, sort_keys=False, allow_unicode=True))
@@ -71,8 +79,19 @@ def _make_run_dir(job: Job) -> str:
 class Run:
     """One run of a job: its directory, its record, and the stages in their turns."""
 
-    def __init__(self, job: Job, world: World, *, command: list[str], stop: StopRequest) -> None:
-        self.job, self.world, self.command, self.stop = job, world, command, stop
+    def __init__(
+        self,
+        job: Job,
+        world: World,
+        *,
+        command: list[str],
+        stop: StopRequest,
+        give_up: Callable[[JobError], Any],
+        goes_on: Callable[[BaseException], bool],
+    ) -> None:
+        """``give_up`` ends this process. ``goes_on``: after this error the job goes on in another world, so the record stays open."""
+        self.job, self.world, self.command, self.stop, self.give_up = job, world, command, stop, give_up
+        self.goes_on = goes_on
         self.store = ArtifactStore(job.config.run.store)
         self.log = logging.getLogger("horovod_jobs")
 
@@ -83,22 +102,32 @@ class Run:
             JobError: a stage failed, or a stop was agreed; the manifest says so.
         """
         prepared = prepare(self.job, self.world)  # Before there is a directory: a job that cannot run leaves none.
-        run_dir = Path(self.world.main(lambda: _make_run_dir(self.job), name="run.dir"))
-        with self.world.agreed("run.visible"):
-            _check_visible(run_dir)
         with ExitStack() as stack:
+            run_dir = Path(self.world.main(lambda: _make_run_dir(self.job, stack), name="run.dir"))
+            with self.world.agreed("run.visible"):
+                _check_visible(run_dir)
             config = self.job.config.run
             self.log = stack.enter_context(logging_to(run_dir / "logs", rank=self.world.rank, level=config.log_level))
             self.run_dir = run_dir
-            self.events = EventLog(run_dir / "events.jsonl" if self.world.is_main else None)
+            self.events = EventLog(
+                run_dir / "events.jsonl" if self.world.is_main else None, echo=config.progress == "json"
+            )
             stack.callback(self.events.close)
             self.record = Record(self.job, self.world, run_dir=run_dir, command=self.command)
             self._write()
+            self.console = Console(is_main=self.world.is_main, mode=config.progress)
+            if is_node(self.job.config.chaos):
+                chaos = instantiate(self.job.config.chaos, allow=self.job.config.allow_targets, where="chaos")
+                self.console.listener = Striker(chaos, self.world, root=Path(config.root))
+            pulse = self._pulse(config)
+            pulse.start()
+            stack.callback(pulse.stop)
             try:
                 self._stages(stack, prepared)
             except BaseException as caught:
-                lost = world_lost(caught)
-                self._end(lost or caught)
+                lost = world_lost(caught, world=self.world)
+                if not self.goes_on(lost or caught):
+                    self._end(lost or caught)
                 if lost is not None:
                     raise lost from caught
                 raise
@@ -151,7 +180,7 @@ class Run:
             world=self.world,
             stop=self.stop,
             spending=Spending(prepared.meter, self.world),
-            console=Console(is_main=self.world.is_main, mode=self.job.config.run.progress),
+            console=self.console,
             events=self.events,
             tracker=tracker,
             record=self._tell,
@@ -168,6 +197,23 @@ class Run:
             name="tracker.open",
         )
         return mine
+
+    def _pulse(self, config: RunConfig) -> Pulse:
+        def end(error: WorldError, lost: list[int]) -> None:
+            self.log.error("%s", error)
+            if 0 in lost and self.world.rank == min(set(range(self.world.size)) - set(lost)):
+                self.record.take_over()
+            self._end(error)
+            self.give_up(error)
+
+        return Pulse(
+            self.world,
+            run_dir=self.run_dir,
+            console=self.console,
+            silent_limit_s=config.silent_limit_s,
+            stall_limit_s=config.stall_limit_s,
+            end=end,
+        )
 
     # --- the record -------------------------------------------------------------------------------------------------
     def _tell(self, name: str, **values: Any) -> None:

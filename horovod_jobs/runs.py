@@ -1,6 +1,7 @@
 """``horovod-runs``: list, show, compare and report runs, and say what this installation can do.
 
-It reads run directories and changes nothing, but for the page that ``report`` writes. It never imports torch or Hydra.
+It reads run directories and changes nothing, but for the page that ``report`` writes and the manifest that ``fetch`` gets; ``suspend``
+and ``resume`` change a job in a cluster. It never imports torch or Hydra.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from horovod_jobs import formats
 from horovod_jobs import manifest as manifests
 from horovod_jobs.comparing import compare
 from horovod_jobs.errors import ArtifactError, JobError
+from horovod_jobs.launch.k8s_parser import add_cluster_commands
 from horovod_jobs.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -64,19 +66,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def add(name: str, run: Callable[[argparse.Namespace], None], text: str, *names: str) -> None:
+    def add(name: str, run: Callable[[argparse.Namespace], None], text: str, *names: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         for entry in names:
             sub.add_argument(entry.lower(), metavar=entry, help="id, unique beginning of it, `latest`, or path")
         sub.add_argument("--root", default="runs", metavar="DIR", help="directory of the runs (default: %(default)s)")
         sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
         sub.set_defaults(run_command=run)
+        return sub
 
     add("ls", _ls, "list the runs, the newest last")
     add("show", _show, "show a run's stages and figures", "RUN")
+    live = add(
+        "watch", _watch, "follow a run while it goes; RUN - reads the lines of a job with run.progress=json", "RUN"
+    )
+    live.add_argument("--once", action="store_true", help="show it as it is now and end")
     add("compare", _compare, "compare two runs: figures by stage, and the config keys that differ", "A", "B")
     add("report", _report, "make a run's report.html and model_card.md again, from its manifest and artifacts", "RUN")
     add("doctor", _doctor, "say what this installation can do, and how to add the rest")
+    add_cluster_commands(commands.add_parser, table=_print_table)
     return parser
 
 
@@ -166,6 +174,16 @@ def _show(arguments: argparse.Namespace) -> None:
         print(f"energy {method}")
     page = run_dir / "report.html"
     print(f"report: {page}" if page.is_file() else f"no report yet: horovod-runs report {manifest['run_id']}")
+
+
+def _watch(arguments: argparse.Namespace) -> None:
+    from horovod_jobs import watching
+
+    if arguments.run == "-":
+        watching.watch_lines(watching.standard_input(), console=_console(), as_json=arguments.json)
+        return
+    run_dir = manifests.find_run(arguments.root, arguments.run)
+    watching.watch(run_dir, console=_console(), once=arguments.once, as_json=arguments.json)
 
 
 def _age(manifest: Manifest) -> str:

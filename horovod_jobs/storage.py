@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -39,6 +40,31 @@ def storage_errors(what: str, path: Path) -> Iterator[None]:
         remedy = _REMEDY.get(error.errno or 0, "check the path and try again")
         place = error.filename if error.filename else path
         raise StorageError(f"cannot {what} {place} ({error.strerror or error}); {remedy}") from error
+
+
+@contextmanager
+def locked(path: Path, *, busy: str) -> Iterator[None]:
+    """Hold a file's lock for the time of the body; the kernel lets go of it when this process ends, however it ends.
+
+    ``busy``: what to say where another process holds it, with ``{holder}`` for what is known of that one.
+
+    Raises:
+        StorageError: another process holds it, or the file cannot be made.
+    """
+    with storage_errors("lock", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = path.open("a+", encoding="utf-8")
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            stream.seek(0)
+            raise StorageError(busy.format(holder=stream.read().strip() or "unknown")) from error
+        stream.truncate(0)
+        stream.write(f"process {os.getpid()} on {os.uname().nodename}")
+        stream.flush()
+        yield
+        stream.truncate(0)
 
 
 def sha256_file(path: Path) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 
 from horovod_jobs.config import LaunchConfig
 from horovod_jobs.launch import in_rank
@@ -44,7 +45,14 @@ def rank(arguments: list[str]) -> int:
     sys.modules[__name__].world = world  # type: ignore[attr-defined]
     sys.modules["tests.in_world"] = sys.modules[__name__]
     # mpirun gives ranks a pseudo-terminal; colours would end up in log files.
-    code = int(pytest.main(["-p", "no:cacheprovider", "--color=no", *quiet, *arguments]))
+    try:
+        code = int(pytest.main(["-p", "no:cacheprovider", "--color=no", *quiet, *arguments]))
+    except BaseException:
+        # Pytest may fail while it takes itself down, when all tests have passed: a file that nobody closed and the last garbage
+        # collection finds is an error here. A rank that ended by it would shut Horovod down while the others meet below.
+        print(f"rank {world.rank}: pytest itself failed", file=sys.stderr)
+        traceback.print_exc()
+        code = int(pytest.ExitCode.INTERNAL_ERROR)
     codes = world.gather_json(code, name="in_world.codes")
     worst = max(codes)
     if world.is_main and worst:

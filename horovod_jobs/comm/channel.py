@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,12 +19,38 @@ from mpi4py import MPI
 from torch import Tensor
 
 CONTROL = 0  # the tag of JSON
+_WITH_ULFM = "OMPI_MCA_mpi_ft_enable"  # set by mpirun --with-ft ulfm
+_ERRORS_OF_LOSS = tuple(
+    getattr(MPI, name) for name in ("ERR_PROC_FAILED", "ERR_PROC_FAILED_PENDING", "ERR_REVOKED") if hasattr(MPI, name)
+)
 _YIELDS = 50
 
 
 def as_bytes(tensor: Tensor) -> Any:
     """The memory of a contiguous tensor, as MPI takes it: an array of bytes that shares it."""
     return tensor.detach().view(-1).view(torch.uint8).numpy()
+
+
+@cache
+def outlives_ranks() -> bool:
+    """Whether this MPI goes on without a rank that dies (ULFM; ``mpirun --with-ft ulfm``) and does not end all the others."""
+    return os.environ.get(_WITH_ULFM, "").lower() in ("1", "true") and hasattr(MPI.Comm, "Get_failed")
+
+
+def is_loss(error: BaseException) -> bool:
+    """Whether MPI says by this error that a rank which takes part has died."""
+    return isinstance(error, MPI.Exception) and error.Get_error_class() in _ERRORS_OF_LOSS
+
+
+def failed_in(comm: Any) -> frozenset[int]:
+    """Ranks of a communicator that have died, as far as MPI has heard; none where MPI ends the job with them."""
+    if not outlives_ranks():
+        return frozenset()
+    group = comm.Get_failed()
+    try:
+        return frozenset(group.Translate_ranks(None, comm.group)) if group.Get_size() else frozenset()
+    finally:
+        group.Free()
 
 
 class Backoff:
@@ -87,9 +114,19 @@ class Wire:
         self._comm = comm
         self._status = MPI.Status()
 
+    def lost(self) -> frozenset[int]:
+        """Ranks that have died, as far as MPI has heard; see ``failed_in``."""
+        return failed_in(self._comm)
+
     def probe(self) -> Incoming | None:
         """The next message to this rank, if there is one. Messages of one sender come in the order it sent them."""
-        message = self._comm.Improbe(MPI.ANY_SOURCE, MPI.ANY_TAG, self._status)
+        try:
+            message = self._comm.Improbe(MPI.ANY_SOURCE, MPI.ANY_TAG, self._status)
+        except MPI.Exception as error:
+            if not is_loss(error):
+                raise
+            self._comm.Ack_failed()  # From anybody means from anybody who is left: MPI wants to be told that this is meant.
+            return None
         if message is None:
             return None
         status = self._status
@@ -140,7 +177,21 @@ class Wire:
 
 
 def finished(requests: list[Any]) -> list[int]:
-    """Positions of the requests that are done, in one look at all of them."""
+    """Positions of the requests that are done, in one look at all of them. One to or from a rank that has died is done as well."""
     if not requests:
         return []
-    return MPI.Request.Testsome(requests) or []
+    try:
+        return MPI.Request.Testsome(requests) or []
+    except MPI.Exception:
+        # It does not say which; those that it has ended are null now, and a null request is done.
+        return [position for position, request in enumerate(requests) if done(request)]
+
+
+def done(request: Any) -> bool:
+    """Whether a request has ended; one to or from a rank that has died has."""
+    try:
+        return bool(request.Test())
+    except MPI.Exception as error:
+        if not is_loss(error):
+            raise
+        return True

@@ -52,8 +52,10 @@ def take_role(*, servers: int = 0) -> Roles | None:
     return None
 
 
-def connect(roles: Roles | None = None) -> World:
+def connect(roles: Roles | None = None, *, outlives_ranks: bool = False) -> World:
     """Join the world that the launcher made, or be a world of one. ``roles``: of a rank that works; without it all do.
+
+    ``outlives_ranks``: a world that goes on without ranks that die, where there are servers and MPI was started for it.
 
     Raises:
         SetupError: ranks were started and Horovod is not installed, or it cannot start here.
@@ -62,8 +64,12 @@ def connect(roles: Roles | None = None) -> World:
     if controller == "none":
         return SingleWorld()
     if controller == "gloo":
-        _check_host_name()
+        check_host_name()
     roles = roles or take_role()
+    if outlives_ranks and roles is not None and hasattr(roles, "watch"):
+        from horovod_jobs.comm.surviving import SurvivingWorld
+
+        return SurvivingWorld(roles)
     try:
         try:
             from horovod_jobs.comm.horovod_world import HorovodWorld, init_horovod
@@ -79,18 +85,25 @@ def connect(roles: Roles | None = None) -> World:
         raise
 
 
-def world_lost(error: BaseException) -> WorldError | None:
+def world_lost(error: BaseException, *, world: World | None = None) -> WorldError | None:
     """What to say if ``error`` is Horovod's or MPI's way of telling that another rank has gone; None for any other error."""
     home = (type(error).__module__ or "").split(".")[0]
     if home in ("horovod", "mpi4py") or "Horovod has been shut down" in str(error):
+        roles = getattr(world, "roles", None)
+        who = (roles.obituary() if roles is not None else "") or "another rank has ended, or the way to it is cut"
         return WorldError(
-            f"another rank has ended, or the way to it is cut ({str(error).strip().splitlines()[0][:120]}); see its log file; "
+            f"{who} ({str(error).strip().splitlines()[0][:120]}); see its log file; "
             "the same command goes on from the last checkpoint"
         )
     return None
 
 
-def _check_host_name() -> None:
+def check_host_name() -> None:
+    """Gloo needs it.
+
+    Raises:
+        SetupError: it does not resolve.
+    """
     # Gloo dies by a segmentation fault where the host's own name does not resolve.
     try:
         socket.getaddrinfo(socket.gethostname(), None)

@@ -133,12 +133,12 @@ class Level:
     def allreduce_async(self, tensor: Tensor, *, name: str) -> Handle:
         """Collective over the level's ranks. Start their sum."""
         handle = hvd.allreduce_async(_wire(tensor), name=name, op=hvd.Sum, process_set=self._set)
-        return _Pending(handle, tensor, tuple(tensor.shape))
+        return _Pending(handle, tensor, tuple(tensor.shape), name=name)
 
     def broadcast_async(self, tensor: Tensor, *, name: str) -> Handle:
         """Collective over the level's ranks. Start to hand out the first one's tensor."""
         handle = hvd.broadcast_async(_wire(tensor), self._root, name=name, process_set=self._set)
-        return _Pending(handle, tensor, tuple(tensor.shape))
+        return _Pending(handle, tensor, tuple(tensor.shape), name=name)
 
 
 def _add(ranks: Sequence[int]) -> Any:

@@ -34,10 +34,10 @@ def _wire(tensor: Tensor) -> Tensor:
 
 
 class _Pending:
-    """A collective whose result has the device and dtype of ``like`` and this shape."""
+    """A collective whose result has the device and dtype of ``like`` and this shape; its name is for the watchdog."""
 
-    def __init__(self, handle: int, like: Tensor, shape: tuple[int, ...]) -> None:
-        self._handle, self._like, self._shape = handle, like, shape
+    def __init__(self, handle: int, like: Tensor, shape: tuple[int, ...], *, name: str) -> None:
+        self._handle, self._like, self._shape, self.name = handle, like, shape, name
 
     def wait(self) -> Tensor:
         return hvd.synchronize(self._handle).to(self._like.device, self._like.dtype).reshape(self._shape)
@@ -81,11 +81,11 @@ class HorovodWorld(World):
 
     def allreduce_async(self, tensor: Tensor, *, name: str, op: str = "sum") -> Handle:
         handle = hvd.allreduce_async(_wire(tensor), name=name, op=_OPS[op], process_set=self._set)
-        return _Pending(handle, tensor, tuple(tensor.shape))
+        return _Pending(handle, tensor, tuple(tensor.shape), name=name)
 
     def allgather_async(self, tensor: Tensor, *, name: str) -> Handle:
         handle = hvd.allgather_async(_wire(tensor), name=name, process_set=self._set)
-        return _Pending(handle, tensor, (self.size, *tensor.shape))
+        return _Pending(handle, tensor, (self.size, *tensor.shape), name=name)
 
     def allreduce(self, tensor: Tensor, *, name: str, op: str = "sum") -> Tensor:
         # Whatever the device: where one rank has a GPU and another has none, both must take the same way.
@@ -210,6 +210,8 @@ class HorovodExchange:
     uneven over ranks is weighted exactly.
     """
 
+    name = "gradients"
+
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
@@ -269,6 +271,16 @@ class HorovodExchange:
     def close(self) -> None:
         """Let go of the gradient accumulators that Horovod's hooks live on."""
         self._wrapped._grad_accs.clear()
+
+
+def joined() -> bool:
+    """Whether this process is in a world now."""
+    return bool(hvd.is_initialized())
+
+
+def abandon() -> None:
+    """Leave a world some of whose ranks are gone; not a collective. ``init_horovod`` may follow."""
+    hvd.shutdown()
 
 
 def init_horovod(*, roles: Roles | None) -> None:

@@ -6,10 +6,15 @@ The last ``servers`` ranks hold parameters and never join; the others are the wo
 from __future__ import annotations
 
 import os
-from typing import Any
+import socket
+from typing import TYPE_CHECKING, Any
 
 from horovod_jobs.errors import ConfigError, SetupError, WorldError
 
+if TYPE_CHECKING:
+    from horovod_jobs.comm.watch import Watch
+
+_NAME_BYTES = 64
 SHUTDOWN = {"op": "shutdown"}
 
 
@@ -17,8 +22,10 @@ class Roles:
     """A division of the ranks of ``comm`` (an mpi4py communicator); ranks below count in it.
 
     Attributes: ``rank``; ``worker_ranks`` and ``server_ranks``; ``workers`` is the communicator of the workers, in which they
-    count from 0.
+    count from 0; ``hosts`` of all ranks.
     """
+
+    watch: Watch  # where ``outlives_ranks``
 
     def __init__(self, comm: Any, *, servers: int) -> None:
         """Collective over ``comm``. ``servers`` 0: everybody works, and may serve as well."""
@@ -27,9 +34,19 @@ class Roles:
         self.worker_ranks = tuple(range(size - servers))
         self.server_ranks = tuple(range(size - servers, size))
         self.workers = comm.Split(int(self.is_server), self.rank) if servers else comm
+        self.hosts = _hosts(comm)
         self._wires: tuple[Any, Any] | None = None
         if servers:
             self.wires()
+            self._watch()
+
+    def _watch(self) -> None:
+        from horovod_jobs.comm.channel import failed_in, outlives_ranks
+        from horovod_jobs.comm.watch import Watch
+
+        if outlives_ranks():
+            vital = (*self.server_ranks, self.worker_ranks[0])
+            self.watch = Watch(lambda: failed_in(self.comm), vital=vital, hosts=self.hosts)
 
     @property
     def is_server(self) -> bool:
@@ -48,8 +65,21 @@ class Roles:
         """Send the servers home. Only the first worker's word counts, so any worker may call this."""
         if self.server_ranks and self.rank == self.worker_ranks[0]:
             up, _ = self.wires()
+            lost = up.lost()
             for server in self.server_ranks:
-                up.send_json(SHUTDOWN, to=server)
+                if server not in lost:
+                    up.send_json(SHUTDOWN, to=server)
+
+    def obituary(self) -> str:
+        """Which ranks have died, as far as MPI has heard; nothing where it ends the job with them."""
+        up, _ = self.wires()
+        named = [f"rank {rank} on {self.hosts[rank]}" for rank in sorted(up.lost())]
+        return f"{' and '.join(named)} has ended" if named else ""
+
+    def unwatched(self) -> None:
+        """This rank looks for those that have died by itself from here on."""
+        if hasattr(self, "watch"):
+            self.watch.stop()
 
     def check_same(self, digest: str) -> None:
         """Collective over all ranks: a server must have been given the job that the workers have.
@@ -69,6 +99,17 @@ class Roles:
                 f"rank {', '.join(map(str, other))} (a parameter server) was given another config than rank 0; "
                 "start every rank with the same command and files"
             )
+
+
+def _hosts(comm: Any) -> tuple[str, ...]:
+    """Collective. The host of every rank."""
+    import numpy as np
+    from mpi4py import MPI
+
+    mine = np.frombuffer(socket.gethostname().encode()[:_NAME_BYTES].ljust(_NAME_BYTES), dtype=np.uint8).copy()
+    told = np.empty((comm.Get_size(), _NAME_BYTES), dtype=np.uint8)
+    comm.Allgather([mine, MPI.BYTE], [told, MPI.BYTE])
+    return tuple(row.tobytes().decode(errors="replace").strip() for row in told)
 
 
 def roles_of(world: Any) -> Roles | None:

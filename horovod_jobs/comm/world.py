@@ -105,6 +105,7 @@ class World(ABC):
     ranks: tuple[int, ...] = (0,)
     host_rank: int = 0
     host_size: int = 1
+    lost: tuple[dict[str, Any], ...] = ()  # rank and host of those that have died and without which the others went on
 
     @property
     def is_main(self) -> bool:
@@ -146,6 +147,25 @@ class World(ABC):
         ``accumulate`` backward passes make one exchange; ``num_groups`` 0 lets Horovod fuse as it likes; gradients are divided by
         ``predivide`` before they are sent and their sum is multiplied by it.
         """
+
+    def steady(self, fn: Callable[[], T]) -> T:
+        """Collective. What ``fn`` gives where no rank died meanwhile: a world that can lose ranks calls it again without them.
+
+        ``fn`` holds collectives, and doing it twice is doing it once.
+        """
+        return fn()
+
+    def expect_losses(self, expected: bool) -> None:  # noqa: B027
+        """From here on a rank may die and the others go on, where the world can do that; outside ``steady`` all stops even so."""
+
+    @property
+    def bereaved(self) -> bool:
+        """Whether a rank that this world began with has died."""
+        return bool(self.lost)
+
+    def farewell(self) -> None:
+        """Collective, before a rank ends by an error: wait for the others, who may have the same one; or for ever."""
+        self.barrier(name="goodbye")
 
     def shutdown(self) -> None:  # noqa: B027  A world of one has nothing to leave.
         """Leave the world in order. Collective."""

@@ -18,6 +18,8 @@ from torch import Tensor
 from horovod_jobs.data.base import DataModule
 from horovod_jobs.data.categorical import Field, IdSplit, number
 from horovod_jobs.data.download import download_all, read_plain
+from horovod_jobs.data.history import binned
+from horovod_jobs.data.history import history as past_of
 from horovod_jobs.data.idx import check_sha256
 from horovod_jobs.data.movielens_files import ATOMIC, OFFICIAL, Ratings, read
 from horovod_jobs.data.partition import hold_out
@@ -42,6 +44,7 @@ def movielens(
     validation_share: float = 0.1,
     split_seed: int = 0,
     liked_from: int = 4,
+    history: bool = False,
     augment: Callable[..., Tensor] | None = None,
     download: bool = True,
 ) -> DataModule:
@@ -50,6 +53,8 @@ def movielens(
     split: ``random`` by a permutation of ``split_seed``, or ``time``: the earliest interactions train, the latest test.
     test_share, validation_share: of all interactions.
     liked_from: the smallest rating (1 to 5) that counts as a click.
+    history: seven columns more, of what earlier seconds tell of the person and the film (``data.history``), those of the test
+        included: a click is known from the next second on. For ``split=time`` only.
 
     Ids are given to the values that the training part has; all others are id 0, in every split. The files are looked for in
     ``root`` (and only there when it is given), ``$HOROVOD_JOBS_DATA/ml-100k``, the folder of the Python package that ships
@@ -64,12 +69,20 @@ def movielens(
         raise ConfigError(f"data.split={split} is not known; use random or time")
     if not 2 <= liked_from <= 5:
         raise ConfigError(f"data.liked_from={liked_from} leaves one class only; ratings are 1 to 5, so use 2 to 5")
+    if history and split != "time":
+        raise ConfigError(
+            f"data.history=true with data.split={split} would tell the training part of clicks that the test asks for; "
+            "use data.split=time"
+        )
     ratings = load(root, download=download)
     parts = _partition(
         ratings, split=split, test_share=test_share, validation_share=validation_share, split_seed=split_seed
     )
     fields, inputs = _encode(ratings, known=parts["train"])
     targets = (ratings.rating >= liked_from).long()
+    if history:
+        more, columns = _history(ratings, clicked=targets, known=parts["train"])
+        fields, inputs = (*fields, *more), torch.cat([inputs, columns], dim=1)
 
     def part(name: str) -> IdSplit:
         return IdSplit(inputs[parts[name]], targets[parts[name]], fields=fields)
@@ -175,3 +188,14 @@ def _encode(ratings: Ratings, *, known: Tensor) -> tuple[tuple[Field, ...], Tens
         fields.append(Field(name, size, 1 if ids.ndim == 1 else ids.shape[1]))
         columns.append(ids.reshape(len(ids), -1))
     return tuple(fields), torch.cat(columns, dim=1)
+
+
+def _history(ratings: Ratings, *, clicked: Tensor, known: Tensor) -> tuple[tuple[Field, ...], Tensor]:
+    """Fields of the past and their ids ``[N, 7]``; the bins are those of the ``known`` rows."""
+    past = past_of(
+        user=ratings.user, item=ratings.item, genres=ratings.codes()["genres"], times=ratings.timestamp, clicked=clicked
+    )
+    found = {name: binned(figure, rows=known) for name, figure in past.items()}
+    return tuple(Field(name, size) for name, (_, size) in found.items()), torch.stack(
+        [ids for ids, _ in found.values()], dim=1
+    )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -32,6 +34,8 @@ class JobCommand:
     arguments: tuple[str, ...]  # of horovod-jobs in every rank: what the person typed, without the launcher
     typed: tuple[str, ...]  # what the person typed, to reproduce the run
     config: Mapping[str, Any] = field(default_factory=dict)  # resolved
+    of_sweep: bool = False  # one of the jobs of a multirun
+    outlives_ranks: bool = False  # its strategy goes on without ranks that die, where the launcher lets it
 
     def argv(self, python: str) -> list[str]:
         """The command of a rank under a Python."""
@@ -49,6 +53,7 @@ class Host:
     has_horovod: bool
     cores: int
     is_root: bool
+    has_ulfm: bool = False  # its mpirun can leave ranks running when one dies
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,20 @@ def this_host() -> Host:
         has_horovod=find_spec("horovod") is not None,
         cores=usable_cores(),
         is_root=os.geteuid() == 0,
+        has_ulfm=_has_ulfm(shutil.which("mpirun", path=search)),
     )
+
+
+def _has_ulfm(mpirun: str | None) -> bool:
+    """Open MPI has it from version 5 on; an older one, and others, would refuse the option."""
+    if mpirun is None:
+        return False
+    try:
+        done = subprocess.run([mpirun, "--version"], capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    found = re.search(r"Open MPI\)\s+(\d+)\.", done.stdout)
+    return found is not None and int(found[1]) >= 5
 
 
 def environment(launch: LaunchConfig, *, host: Host, environ: Mapping[str, str]) -> dict[str, str]:

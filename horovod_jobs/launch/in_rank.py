@@ -32,6 +32,13 @@ def record_exit(code: int) -> bool:
     return False
 
 
+def record_lost(rank: int) -> None:
+    """Tell the parent that a rank has died and the job went on without it: its end is not the job's."""
+    if directory := os.environ.get(DIRECTORY_VARIABLE):
+        with contextlib.suppress(OSError):
+            (Path(directory) / f"lost-{rank:06d}").touch()
+
+
 def original_command() -> list[str] | None:
     """What the person typed, where a parent started this rank."""
     text = os.environ.get(COMMAND_VARIABLE)

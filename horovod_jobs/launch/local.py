@@ -15,7 +15,18 @@ TUNED_MPI = ("--mca", "mpi_yield_when_idle", "1", "--mca", "btl", "self,sm", "--
               "--mca", "coll_tuned_use_dynamic_rules", "1", "--mca", "coll_tuned_allreduce_algorithm", "4")  # fmt: skip
 
 
-def plan(launch: LaunchConfig, *, host: Host, environ: Mapping[str, str], command: Sequence[str]) -> LaunchPlan:
+# ULFM: who talks to a rank that has died gets an error, and mpirun does not end the others.
+OUTLIVE_RANKS = ("--with-ft", "ulfm")
+
+
+def plan(
+    launch: LaunchConfig,
+    *,
+    host: Host,
+    environ: Mapping[str, str],
+    command: Sequence[str],
+    outlives_ranks: bool = False,
+) -> LaunchPlan:
     """The command that starts ``launch.np`` ranks of ``command`` on this host. Pure.
 
     Raises:
@@ -35,9 +46,10 @@ def plan(launch: LaunchConfig, *, host: Host, environ: Mapping[str, str], comman
             f"launch.controller=mpi needs {missing}, which is not installed; run launch/install.sh, or use gloo"
         )
     env = environment(launch, host=host, environ=environ)
+    survive = OUTLIVE_RANKS if outlives_ranks and host.has_ulfm else ()
     if controller == "mpi":
         return LaunchPlan([str(host.mpirun), "-np", str(launch.np), "--bind-to", "none", "--map-by", "slot:OVERSUBSCRIBE",
-                           *TUNED_MPI, *command], env, controller)  # fmt: skip
+                           *TUNED_MPI, *survive, *command], env, controller)  # fmt: skip
     if host.horovodrun is None:
         raise SetupError("launch.controller=gloo needs horovodrun, which is not installed; run launch/install.sh")
     env.pop(TERMINAL_VARIABLE, None)  # horovodrun writes the rank before each line, which would tear bars apart.
@@ -46,7 +58,7 @@ def plan(launch: LaunchConfig, *, host: Host, environ: Mapping[str, str], comman
 
 def plan_job(launch: LaunchConfig, *, job: JobCommand, host: Host, environ: Mapping[str, str]) -> LaunchPlan:
     """``plan`` for a job's command."""
-    return plan(launch, host=host, environ=environ, command=job.argv(host.python))
+    return plan(launch, host=host, environ=environ, command=job.argv(host.python), outlives_ranks=job.outlives_ranks)
 
 
 def start(launch: LaunchConfig, planned: LaunchPlan) -> int:

@@ -6,25 +6,44 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 
+from horovod_jobs.errors import WorldError
 from horovod_jobs.launch.base import LaunchPlan
 from horovod_jobs.launch.in_rank import DIRECTORY_VARIABLE
 
+_AGREED = (75, 130)  # Interrupted and InterruptedByUser: the ranks stopped in order.
 
-def run_world(planned: LaunchPlan, *, grace_s: float) -> int:
-    """Start the launcher in a session of its own, pass signals to its ranks, and give the job's exit code."""
-    with tempfile.TemporaryDirectory(prefix="horovod-jobs-") as directory:
+
+def run_world(
+    planned: LaunchPlan,
+    *,
+    grace_s: float,
+    forward: Mapping[str, str] | None = None,
+    directory: Path | None = None,
+    recorded: bool = True,
+) -> int:
+    """Start the launcher in a session of its own, pass signals to its ranks, and give the job's exit code.
+
+    ``forward``: signals by name and what the launcher gets for each, which passes them to ranks on other hosts; without it they
+    go to the ranks of this host. ``directory``: where ranks write their codes, seen by all hosts. ``recorded`` is false where
+    there is no such place: the launcher's own code is then the job's.
+    """
+    with ExitStack() as stack:
+        place = directory or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="horovod-jobs-")))
         process = subprocess.Popen(
             planned.argv,
-            env={**planned.env, DIRECTORY_VARIABLE: directory},
+            env={**planned.env, **({DIRECTORY_VARIABLE: str(place)} if recorded else {})},
             start_new_session=True,
             preexec_fn=_die_with_parent,
         )
-        stopper = _Stopper(process, Path(directory), grace_s=grace_s)
+        stopper = _Stopper(process, place, grace_s=grace_s, forward=forward)
         before = {number: signal.signal(number, stopper) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
         try:
             code = stopper.wait()
@@ -32,10 +51,20 @@ def run_world(planned: LaunchPlan, *, grace_s: float) -> int:
             for number, handler in before.items():
                 signal.signal(number, handler)
             _kill_group(process)
-        recorded = [int(path.read_text()) for path in sorted(Path(directory).glob("exit-*"))]
-    failed = [value for value in recorded if value]
-    if not failed and code and stopper.asked:
+        codes = {path.name.removeprefix("exit-"): int(path.read_text()) for path in sorted(place.glob("exit-*"))}
+        begun = any(place.glob("pid-*"))
+        lost = {path.name.removeprefix("lost-") for path in place.glob("lost-*")}
+    failed = [value for rank, value in codes.items() if value and rank not in lost]
+    if lost and not failed and 0 in codes.values():
+        return 0  # The others went on without those, and came to the end.
+    if not failed and code not in (0, *_AGREED) and stopper.asked:
         return 128 + stopper.asked  # Ended by force before a rank could tell its code.
+    # mpirun gives 0 or 255 where a host is lost with its daemon: ranks that began and told nothing have not ended well.
+    if recorded and not failed and (128 < code < 160 or (begun and (code > 0 or not codes))):
+        if forward is not None:  # Where a host is cut off the launcher says nothing of its own.
+            print(f"error: ranks were lost (exit code {code} of the launcher): one was killed, or a host was cut off; see that the "
+                  "hosts are up; the same command goes on from the last checkpoint", file=sys.stderr)  # fmt: skip
+        return WorldError.exit_code  # A rank was ended from outside, by a signal or by MPI; the launcher has named it.
     return failed[0] if failed else (128 - code if code < 0 else code)
 
 
@@ -50,8 +79,16 @@ def _die_with_parent() -> None:
 class _Stopper:
     """A signal handler that asks the ranks to stop, then insists."""
 
-    def __init__(self, process: subprocess.Popen[bytes], directory: Path, *, grace_s: float) -> None:
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        directory: Path,
+        *,
+        grace_s: float,
+        forward: Mapping[str, str] | None = None,
+    ) -> None:
         self._process, self._directory, self._grace_s = process, directory, grace_s
+        self._forward = forward
         self._deadline: float | None = None
         self.asked = 0  # the first signal
 
@@ -59,6 +96,10 @@ class _Stopper:
         first = self._deadline is None
         self.asked = self.asked or int(number)
         self._deadline = time.monotonic() + (self._grace_s if first else 0.0)
+        if self._forward is not None:
+            if first:
+                self._process.send_signal(signal.Signals[self._forward[signal.Signals(number).name]])
+            return  # The launcher passes it on; a second one ends the launcher.
         for path in self._directory.glob("pid-*"):
             with contextlib.suppress(ProcessLookupError, ValueError):
                 os.kill(int(path.name.split("-")[1]), number)

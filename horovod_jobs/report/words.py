@@ -37,6 +37,8 @@ def _run_sentence(data: ReportData) -> str:
     ended = {"done": "finished", "failed": "failed", "interrupted": "was interrupted", "running": "is not finished"}
     sentence = f"The job “{manifest['name']}” {ended[data.status]} on {where}; "
     sentence += f"of its {len(data.stages)} stages {', '.join(counts) or 'none ran yet'}."
+    for lost in world.get("lost", []):
+        sentence += f" Rank {lost['rank']} on {lost['host']} ended on the way, and the others went on without it."
     return sentence + (
         f" The error was: {manifest['error']}" if manifest["status"] == "failed" and manifest["error"] else ""
     )

@@ -77,6 +77,11 @@ class Updater(ABC):
     def zero_grad(self) -> None:
         self.optimizer.zero_grad()
 
+    @property
+    def lost(self) -> list[dict[str, Any]]:
+        """Rank and host of ranks that have died in this stage and without which the others went on."""
+        return []
+
     def agree(self, values: Tensor) -> Handle:
         """Start the loop's one small exchange of a step; ``wait()`` gives ``[n]`` sums over the ranks that make this step together.
 

@@ -23,6 +23,7 @@ from horovod_jobs.footprint import Footprint
 from horovod_jobs.interrupt import stopped
 from horovod_jobs.stages.base import StageContext
 from horovod_jobs.strategy.base import Setting, StepTime, Strategy
+from horovod_jobs.strategy.elastic import commits_of
 from horovod_jobs.training.batchnorm import SyncBatchNorm, Waiting
 from horovod_jobs.training.checkpoint import Checkpoints
 from horovod_jobs.training.ema import Ema
@@ -52,7 +53,11 @@ class Fit:
     ) -> None:
         self.ctx, self.world, self.config = ctx, ctx.world, config
         self.objective: Any = objective
-        self.global_batch = global_batch
+        # An elastic strategy follows the number of ranks.
+        adjust = getattr(strategy, "adjust", None)
+        now = adjust(config, global_batch=global_batch, size=ctx.world.size) if adjust is not None else None
+        self.global_batch: int = global_batch if now is None else now.global_batch
+        self.accumulate: int = config.accumulate if now is None else now.accumulate
         self.optimizer, self.schedule = optimizer, schedule
         self.augment = ctx.data.augment if augment else None
         self.device = next(objective.parameters()).device
@@ -63,20 +68,26 @@ class Fit:
         self.identity = identity
         self.spent_before: Footprint | None = None
         self.resumed_from: int | None = None
-        self.steps_per_epoch = num_batches(len(ctx.data.train), global_batch=global_batch, drop_last=config.drop_last)
-        self.total_steps = self.steps_per_epoch * config.epochs
-        if config.max_steps is not None:
-            self.total_steps = min(self.total_steps, config.max_steps)
+        self.steps_per_epoch = self._batches(len(ctx.data.train))
+        self.scheduled_steps = self.total_steps = self._limited(self.steps_per_epoch * config.epochs)
         self.rates = [group["lr"] * self._rate_scale() for group in optimizer.param_groups]
         self.ema = Ema(objective, decay=config.ema_decay) if config.ema_decay is not None else None
         self.strategy = strategy
+        self.commits = commits_of(strategy, identity=identity)
         self.bad: Tensor | None = None  # this rank's samples of the step whose loss was not finite
         self.stop_code, self.checkpoint_due = 0, False
+        self.lost = 0  # ranks of which has been told that they died
 
     def _rate_scale(self) -> float:
         """Linear scaling of the rate with the batch (Goyal et al. 2017, arXiv:1706.02677, section 2.1)."""
         reference = self.config.lr_reference_batch
         return 1.0 if reference is None else self.global_batch / reference
+
+    def _batches(self, samples: int) -> int:
+        return num_batches(samples, global_batch=self.global_batch, drop_last=self.config.drop_last)
+
+    def _limited(self, steps: int) -> int:
+        return steps if self.config.max_steps is None else min(steps, self.config.max_steps)
 
     # --- 1. the run -------------------------------------------------------------------------------------------------
     def run(self) -> FitState:
@@ -88,13 +99,16 @@ class Fit:
             StorageError: a checkpoint cannot be written; the ones before are whole.
         """
         strategy_state, rank_states = self._resume()
+        # Batches may have been of another size before: from here on they are of this one.
+        whole_epochs = self.config.epochs - self.state.epoch - 1
+        self.total_steps = self._limited(self.state.step + self._left() + whole_epochs * self.steps_per_epoch)
         self._broadcast()
         self.updater = self.strategy.bind(
             self.optimizer,
             self.objective.named_parameters(),
             Setting(
                 self.world,
-                accumulate=self.config.accumulate,
+                accumulate=self.accumulate,
                 total_steps=self.total_steps,
                 steps_per_epoch=self.steps_per_epoch,
                 clip_norm=self.config.clip_norm,
@@ -125,16 +139,28 @@ class Fit:
         state = self.state
         self.objective.train()
         order = epoch_permutation(len(self.ctx.data.train), seed=self.ctx.seed, epoch=state.epoch)
-        plan = list(order.split(self.global_batch))[: self.steps_per_epoch]
-        while state.batch < self.steps_per_epoch and state.step < self.total_steps:
-            part = plan[state.batch :][: self._segment()]
-            loader = self._load(part)
+        while (left := self._left()) and state.step < self.total_steps:
+            part = list(order[state.seen :].split(self.global_batch))[: min(left, self._segment())]
+            loader, workers = self._load(part), self._workers()
             for indices in part:
                 self._step(indices, loader)
+                if self._workers() != workers:
+                    break  # A rank has died, and from this step on the others divide its samples.
             if self.updater.reshare_every is not None:
                 self.updater.reshare()
-        if state.batch >= self.steps_per_epoch or state.step >= self.total_steps:
+        if not self._left() or state.step >= self.total_steps:
             self._end_epoch()
+
+    def _left(self) -> int:
+        """Batches until the end of the epoch."""
+        return self._batches(max(0, len(self.ctx.data.train) - self.state.seen))
+
+    def _workers(self) -> tuple[tuple[int, ...], tuple[float, ...] | None]:
+        """The ranks, and how they divide a batch; what is new about them is told."""
+        for lost in self.updater.lost[self.lost :]:
+            self.lost += 1
+            self.ctx.events.emit("rank_lost", stage=self.ctx.name, step=self.state.step, **lost)
+        return self.world.ranks, self.updater.shares
 
     def _segment(self) -> int:
         """Steps until the end, or until the shares of the ranks may change."""
@@ -147,7 +173,7 @@ class Fit:
 
     def _micro_batches(self, indices: Tensor) -> list[Tensor]:
         """This rank's part of a global batch."""
-        world, accumulate = self.world, self.config.accumulate
+        world, accumulate = self.world, self.accumulate
         return micro_batches(
             indices, rank=world.rank, size=world.size, accumulate=accumulate, shares=self.updater.shares
         )
@@ -161,7 +187,7 @@ class Fit:
         self.updater.zero_grad()
         data_s, samples = 0.0, 0
         sums: dict[str, Tensor] = {}
-        for _ in range(self.config.accumulate):
+        for _ in range(self.accumulate):
             asked = clock()
             batch = self._next(loader)
             data_s += clock() - asked
@@ -198,7 +224,7 @@ class Fit:
             timing.samples += len(indices)
         own_s = compute_s - (Waiting.seconds - waited_s)
         self.updater.finish_step(StepTime(total_s=end - start, compute_s=own_s, samples=samples))
-        self._account(dict(zip(names, control[4:], strict=True)))
+        self._account(dict(zip(names, control[4:], strict=True)), samples=len(indices))
         self._after_step(control[1:4])
 
     def _next(self, loader: Iterator[Batch]) -> Batch:
@@ -220,14 +246,16 @@ class Fit:
         head = torch.tensor([float(not finite), float(stop == 1), float(stop == 2), due], dtype=torch.float64)
         return self.updater.agree(torch.cat([head, sums if finite else torch.zeros_like(sums)]))
 
-    def _account(self, sums: dict[str, float]) -> None:
+    def _account(self, sums: dict[str, float], *, samples: int) -> None:
         state = self.state
         state.step += 1
         state.batch += 1
+        state.seen += samples
         for name, value in sums.items():
             state.sums[name] = state.sums.get(name, 0.0) + value
         loss = sums["loss"] / max(1.0, sums["count"])
-        self.progress.update(state.step, f"loss {loss:.4f}")
+        rate = self.whole.samples / max(1e-9, self.whole.total)
+        self.progress.update(state.step, f"loss {loss:.4f}, {rate:.0f} samples/s")
         if state.step % self.config.log_every_steps == 0:
             self._log_scalars({"train_loss": loss, **self.timing.figures()})
             self.timing = Timing()
@@ -237,9 +265,12 @@ class Fit:
         every = self.config.checkpoint_every_steps
         self.stop_code = max(self.stop_code, 2 if asked[1] > 0 else 1 if asked[0] > 0 else 0)
         self.checkpoint_due |= asked[2] > 0 or (every is not None and self.state.step % every == 0)
+        if self.commits is not None and self.commits.due(self.state.step):
+            spent = self.spent_before or Footprint.zero()  # Metered anew for checkpoints only, which are rare.
+            self.commits.keep(self._snapshot(spent), step=self.state.step)
         if not self.updater.settled or not (self.stop_code or self.checkpoint_due):
             return
-        self.save()
+        self.world.steady(self.save)
         if self.stop_code:
             where = f"in stage {self.ctx.name} after step {self.state.step} of {self.total_steps}"
             raise stopped(self.stop_code, where=where)
@@ -247,8 +278,8 @@ class Fit:
     # --- 4. the end of an epoch -------------------------------------------------------------------------------------
     def _end_epoch(self) -> None:
         state, config = self.state, self.config
-        self._settle()
-        sums = self._sums()
+        self.world.steady(self._settle)
+        sums = self.world.steady(self._sums)
         entry: dict[str, float | int] = {
             "epoch": state.epoch + 1,
             "step": state.step,
@@ -260,9 +291,9 @@ class Fit:
         entry["samples_per_s"] = self.whole.figures()["samples_per_s"]
         last = state.epoch + 1 >= config.epochs or state.step >= self.total_steps
         every = config.validate_every_epochs
-        state.epoch, state.batch, state.sums = state.epoch + 1, 0, {}
+        state.epoch, state.batch, state.seen, state.sums = state.epoch + 1, 0, 0, {}
         if self.ctx.data.validation is not None and (last or (every > 0 and state.epoch % every == 0)):
-            entry.update(self.validate())
+            entry.update(self.world.steady(self.validate))
             self._note_best(float(entry[f"validation_{self.ctx.task.primary}"]))
         patience = config.early_stop_epochs
         state.finished = last or (patience is not None and state.epochs_since_best >= patience)
@@ -308,7 +339,8 @@ class Fit:
         state.best, state.best_step, state.epochs_since_best = value, state.step, 0
         if self.config.publish == "best":
             weights = self.ema.average if self.ema is not None else self.objective.state_dict()
-            self.checkpoints.save_best({key: tensor.cpu() for key, tensor in weights.items()}, step=state.step)
+            best = {key: tensor.cpu() for key, tensor in weights.items()}
+            self.world.steady(lambda: self.checkpoints.save_best(best, step=state.step))
 
     def _settle(self) -> None:
         """Collective. The same parameters, optimizer state and buffers on every rank."""
@@ -336,28 +368,34 @@ class Fit:
     def save(self) -> None:
         """Collective. Write a checkpoint."""
         self.updater.settle()
-        spent, sums = self.ctx.spent(), self._sums()
+        spent = self.ctx.spent()
         if self.spent_before is not None:
             spent = self.spent_before + spent
-        state = {
+        state = self._snapshot(spent)
+        own = {f"buffer.{name}": buffer.cpu() for name, buffer in self._own_buffers().items()}
+        own.update({f"strategy.{name}": tensor.cpu() for name, tensor in self.updater.rank_state().items()})
+        self.checkpoints.save(state, step=self.state.step, best_step=self.state.best_step, rank_state=own)
+        self.last_checkpoint, self.checkpoint_due = time.monotonic(), False
+        self.ctx.events.emit("checkpoint", stage=self.ctx.name, step=self.state.step, energy_kwh=spent.energy_kwh)
+
+    def _snapshot(self, spent: Footprint) -> dict[str, Any]:
+        """Collective. All that the ranks have in common: what a checkpoint, or a commit of an elastic job, holds."""
+        return {
             "identity": self.identity,
             "objective": self.objective.state_dict(),
             "optimizer": self.updater.optimizer_state(),
             "ema": self.ema.average if self.ema is not None else {},
             "precision": self.precision.state(),
             "strategy": self.updater.state(),
-            "fit": {**asdict(self.state), "sums": sums},
+            "fit": {**asdict(self.state), "sums": self._sums()},
             "spent": spent.to_json(),
         }
-        own = {f"buffer.{name}": buffer.cpu() for name, buffer in self._own_buffers().items()}
-        own.update({f"strategy.{name}": tensor.cpu() for name, tensor in self.updater.rank_state().items()})
-        self.checkpoints.save(state, step=self.state.step, best_step=self.state.best_step, rank_state=own)
-        self.last_checkpoint, self.checkpoint_due = time.monotonic(), False
-        self.ctx.events.emit("checkpoint", stage=self.ctx.name, step=self.state.step)
 
     def _resume(self) -> tuple[dict[str, Any], list[dict[str, Tensor]]]:
         """Collective. Take the newest whole checkpoint, if there is one. Gives the strategy's part of it, and this rank's own."""
         loaded = self.checkpoints.load_last()
+        if self.commits is not None:
+            loaded = self.commits.newer(loaded, self.world)
         if loaded is None:
             return {}, []
         saved, own = loaded
@@ -369,7 +407,7 @@ class Fit:
         if self.ema is not None:
             self.ema.average = {key: value.to(self.device) for key, value in saved["ema"].items()}
         self.precision.restore(saved["precision"])
-        self.state = FitState(**saved["fit"])
+        self.state = FitState(**{"seen": saved["fit"]["batch"] * self.global_batch, **saved["fit"]})
         self.spent_before = Footprint.from_json(saved["spent"])
         self.resumed_from = self.state.step
         self.ctx.log.info("%s: goes on from step %d of %d", self.ctx.name, self.state.step, self.total_steps)
@@ -398,7 +436,10 @@ class Fit:
 
     # --- 6. helpers -------------------------------------------------------------------------------------------------
     def _set_rate(self) -> None:
-        factor = self.schedule.factor(self.state.step, total=self.total_steps, steps_per_epoch=self.steps_per_epoch)
+        # Where batches were of another size, a step's place in the schedule is that of its samples.
+        place = self.state.epoch * self.steps_per_epoch - (-self.state.seen // self.global_batch)
+        place = min(place, self.scheduled_steps - 1)
+        factor = self.schedule.factor(place, total=self.scheduled_steps, steps_per_epoch=self.steps_per_epoch)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
 

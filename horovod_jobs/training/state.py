@@ -17,6 +17,7 @@ class FitState:
 
     epoch: int = 0
     batch: int = 0  # global batches of this epoch that are done
+    seen: int = 0  # samples of this epoch that are done
     step: int = 0
     best: float | None = None
     best_step: int | None = None

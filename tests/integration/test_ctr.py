@@ -50,7 +50,7 @@ def logistic_regression(data: DataModule) -> float:
     assert isinstance(data.validation, IdSplit)
     features, targets = one_hot(data.train, data), data.train.targets.numpy()
     scored = []
-    for strength in (0.1, 0.3, 1.0, 3.0):
+    for strength in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0):
         model = LogisticRegression(C=strength, max_iter=1000).fit(features, targets)
         found = [
             roc_auc_score(split.targets.numpy(), model.decision_function(one_hot(split, data)))
@@ -63,11 +63,7 @@ def logistic_regression(data: DataModule) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize("split", ["random", "time"])
 def test_the_model_against_a_logistic_regression(split: str, tmp_path: Path) -> None:
-    """Two ranks, the settings of the experiment, the same parts and the same information for both.
-
-    By time nine in ten of the test's people are unknown, and what is left to learn is nearly additive: there the model is held to be no
-    worse than the sampling error of the test (docs/click_through.md has the figures).
-    """
+    """Two ranks, the settings of the experiment, the same parts and the same columns for both (docs/click_through.md has the figures)."""
     experiment = "experiment=ctr" if split == "random" else "experiment=ctr_time"
     off = ("stages.int8.enabled=false", "stages.eval_int8.enabled=false", "stages.eval_model.latency_runs=5")
     done = run(
@@ -82,8 +78,8 @@ def test_the_model_against_a_logistic_regression(split: str, tmp_path: Path) -> 
     assert done.code == 0, done.text
     found = stage(valid_manifest(tmp_path), "eval_model")["metrics"]
     assert found["auc_error_bound"] < 1e-3
-    allowed = 0.0 if split == "random" else found["auc_standard_error"]
-    assert found["auc"] > logistic_regression(movielens(str(FOUND), split=split)) + found["auc_error_bound"] - allowed
+    data = movielens(str(FOUND), split=split, history=split == "time")
+    assert found["auc"] > logistic_regression(data) + found["auc_error_bound"]
 
 
 SMALL = ("experiment=ctr", "fit.epochs=1", "fit.max_steps=40", "stages.eval_model.latency_runs=5",

@@ -103,11 +103,17 @@ def kill_mpirun(running: Running) -> None:
 )
 def test_killed_outright(who: str, kill: Callable[[Running], None], tmp_path: Path, untouched: dict[str, str]) -> None:
     moment = random.Random(f"{who} 1")
-    running = start(*LONG, *WORLD, cwd=tmp_path)
-    at_checkpoint(running, moment.randint(1, 4))
-    wait_for_moment(running, steps=moment.randint(0, 19))
-    kill(running)
-    done = running.wait()
+    for latest in (4, 2, 1):
+        running = start(*LONG, *WORLD, cwd=tmp_path)
+        at_checkpoint(running, moment.randint(1, latest))
+        wait_for_moment(running, steps=moment.randint(0, 19))
+        kill(running)
+        done = running.wait()
+        if weights(tmp_path) == {}:
+            break
+        # Where this test's own process gets no core the job is through its 200 steps before it is killed: once more, earlier.
+        for path in tmp_path.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert done.code != 0, done.text
     assert "Traceback" not in done.err, done.text
     running.nothing_left()

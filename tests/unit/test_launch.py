@@ -13,8 +13,8 @@ import pytest
 
 from horovod_jobs.config import LaunchConfig
 from horovod_jobs.errors import ConfigError, SetupError
-from horovod_jobs.launch.base import Host, LaunchPlan
-from horovod_jobs.launch.local import plan
+from horovod_jobs.launch.base import Host, JobCommand, LaunchPlan
+from horovod_jobs.launch.local import plan, plan_job
 from horovod_jobs.launch.process import run_world
 
 HOST = Host(python="/venv/bin/python", mpirun="/venv/bin/mpirun", horovodrun="/venv/bin/horovodrun", has_mpi4py=True,
@@ -34,6 +34,17 @@ def test_the_tuned_mpi_command() -> None:
         "--mca", "mpi_yield_when_idle", "1", "--mca", "btl", "self,sm", "--mca", "pml", "ob1",
         "--mca", "coll_tuned_use_dynamic_rules", "1", "--mca", "coll_tuned_allreduce_algorithm", "4", "python", "job",
     ]  # fmt: skip
+
+
+def test_mpi_is_told_to_outlive_ranks_where_the_strategy_can() -> None:
+    job = JobCommand("job", (), ("horovod-jobs",), outlives_ranks=True)
+    able = Host(**{**HOST.__dict__, "has_ulfm": True})
+    argv = plan_job(LaunchConfig(kind="local", np=4), job=job, host=able, environ=ENVIRON).argv
+    assert argv[argv.index("--with-ft") + 1] == "ulfm"
+    assert argv.index("--with-ft") < argv.index("/venv/bin/python")
+    other = JobCommand("job", (), ("horovod-jobs",))
+    for what, where in ((other, able), (job, HOST)):
+        assert "--with-ft" not in plan_job(LaunchConfig(kind="local", np=4), job=what, host=where, environ=ENVIRON).argv
 
 
 def test_only_what_a_rank_needs_of_the_environment_travels() -> None:
@@ -77,6 +88,11 @@ def world_of(script: str) -> LaunchPlan:
         ("pass", 0),
         ("import sys; sys.exit(3)", 3),
         ("import os; os.kill(os.getpid(), 9)", 137),
+        ("import sys; sys.exit(137)", 9),  # mpirun says so of a rank that was killed
+        (
+            "import sys; from horovod_jobs.launch import in_rank as r; r.record_exit(0); r.record_lost(1); sys.exit(137)",
+            0,
+        ),
         ("from horovod_jobs.launch import in_rank; in_rank.record_exit(75)", 75),
         ("import sys; from horovod_jobs.launch import in_rank; in_rank.record_exit(75); sys.exit(1)", 75),
     ],

@@ -148,7 +148,7 @@ class Holding:
         return found
 
 
-def begin(up: Wire, down: Wire, holding: Holding, *, servers: Sequence[int]) -> None:
+def begin(up: Wire, down: Wire, holding: Holding, *, servers: Sequence[int], workers: Sequence[int]) -> None:
     """By the first worker: give every server its part.
 
     Raises:
@@ -156,7 +156,7 @@ def begin(up: Wire, down: Wire, holding: Holding, *, servers: Sequence[int]) -> 
     """
     refused = []
     for server, rank in enumerate(servers):
-        order = holding.order(server)
+        order = {**holding.order(server), "workers": list(workers)}
         up.send_json(order, to=rank)
         for array in holding.everything(server, order):
             wait_until(up.send(array, to=rank, tag=protocol.STATE).Test)

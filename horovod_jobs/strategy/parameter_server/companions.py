@@ -1,28 +1,38 @@
-"""What a worker keeps beside its parameters: its flags on their way to all others, and a server in a thread (colocated)."""
+"""What a worker keeps beside its parameters: its flags on their way to all others, its look at who has died, and a server in a thread
+(colocated)."""
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from horovod_jobs.comm.channel import Wire, wait_until
+from horovod_jobs.errors import WorldError
 from horovod_jobs.strategy.parameter_server import protocol
 from horovod_jobs.strategy.parameter_server.server import Server
+from horovod_jobs.strategy.parameter_server.stage import Seat
+
+_LOOK_S = 0.1  # between two looks for ranks that have died
+_log = logging.getLogger("horovod_jobs")
 
 
 class Flags:
     """This worker's flags on their way to the first server, and its answer. ``check`` drives other messages on meanwhile."""
 
-    def __init__(self, up: Wire, down: Wire, *, server: int, check: Callable[[], None]) -> None:
+    def __init__(self, up: Wire, down: Wire, *, server: int, workers: int, check: Callable[[], None]) -> None:
         self._told = torch.zeros(2 + protocol.FLAGS, dtype=torch.float64)
-        self._answer = torch.zeros(protocol.FLAGS, dtype=torch.float64)
+        self._answer = torch.zeros(protocol.FLAGS + workers, dtype=torch.float64)
         self._sender = up.sender(self._told, to=server, tag=protocol.AGREE)
         self._receiver = down.receiver(self._answer, source=server, tag=protocol.AGREE)
         self._check = check
         self._own = torch.zeros(0)
+        self.gone_from = [0] * workers  # step from which on each worker is gone; 0: it is there
 
     def tell(self, values: Tensor, *, step: int, hold: bool) -> Flags:
         """Send the first values; ``wait`` gives them as all agreed, and the rest as it is."""
@@ -40,7 +50,38 @@ class Flags:
 
         wait_until(done)
         wait_until(self._sender.Test)
-        return torch.cat([self._answer, self._own[protocol.FLAGS :]])
+        self.gone_from = [int(step) for step in self._answer[protocol.FLAGS :].tolist()]
+        return torch.cat([self._answer[: protocol.FLAGS], self._own[protocol.FLAGS :]])
+
+
+class Losses:
+    """The ranks that have died, as MPI tells it while this worker waits for others.
+
+    endures: whether the workers can go on without one of them. tells: whether this rank says so on the console.
+    """
+
+    def __init__(self, seat: Seat, *, endures: bool, tells: bool) -> None:
+        self._seat, self._endures, self._tells = seat, endures, tells
+        self._looked = 0.0
+        self.found: list[dict[str, Any]] = []  # rank and host of workers without which the others go on
+
+    def look(self, *, now: bool = False) -> None:
+        """Look again, if that is due.
+
+        Raises:
+            WorldError: a rank has died without which this worker cannot go on.
+        """
+        if not now and time.monotonic() < self._looked + _LOOK_S:
+            return
+        self._looked = time.monotonic()
+        seat = self._seat
+        for rank in sorted(seat.up.lost()):
+            if rank in seat.servers or rank == seat.workers[0] or not self._endures:
+                raise WorldError(f"{seat.obituary(rank)}; the same command goes on from the last checkpoint")
+            if rank in seat.workers and all(rank != one["rank"] for one in self.found):
+                self.found.append({"rank": rank, "host": seat.hosts[rank]})
+                if self._tells:
+                    _log.warning("%s; the others go on without it and take its samples over", seat.obituary(rank))
 
 
 class Host:

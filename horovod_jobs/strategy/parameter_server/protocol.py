@@ -1,7 +1,8 @@
 """What the messages between workers and servers are: their tags, and the numbers in them. Pure.
 
 Up, a worker sends a head (the step's hyperparameters) and then chunks; down, a server answers each chunk with its new parameters.
-Everything else is rare and goes as JSON under ``comm.channel.CONTROL``.
+Everything else is rare and goes as JSON under ``comm.channel.CONTROL``. A worker's flags are answered with everybody's, and with the
+step from which on each worker is gone (0: it is there).
 """
 
 from __future__ import annotations

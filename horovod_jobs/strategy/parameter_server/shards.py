@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,6 +39,9 @@ class Shard(ABC):
     @abstractmethod
     def apply(self, pushed: Tensor) -> None:
         """One update."""
+
+    def forget(self, worker: int) -> None:  # noqa: B027
+        """Keep nothing for a worker that has died."""
 
 
 class Flat(Shard):
@@ -83,7 +86,7 @@ class Table(Shard):
     def __init__(self, *arguments: Any, workers: int) -> None:
         super().__init__(*arguments, workers=workers)
         self._pushed: list[Tensor] = [torch.zeros(0, dtype=torch.uint8)] * workers  # packed numbers and rows
-        self._changed: list[list[Tensor]] = [[] for _ in range(workers)]
+        self._changed: list[deque[Tensor]] = [deque() for _ in range(workers)]
 
     def take(self, worker: int, packed: Tensor) -> None:
         """Where a worker's push will be."""
@@ -112,10 +115,13 @@ class Table(Shard):
         for changed in self._changed:
             changed.append(pushed.indices()[0])
 
+    def forget(self, worker: int) -> None:
+        self._changed[worker] = deque(maxlen=0)
+
     def outgoing(self, worker: int) -> Tensor:
         """Numbers and values of the rows that have changed since this worker read."""
         changed = self._changed[worker]
-        ids = torch.unique(torch.cat(changed)) if changed else torch.zeros(0, dtype=torch.int64)
+        ids = torch.unique(torch.cat(list(changed))) if changed else torch.zeros(0, dtype=torch.int64)
         changed.clear()
         return pack_rows(ids, self.parameter.detach()[ids])
 
@@ -143,6 +149,10 @@ class Consistency(ABC):
     @abstractmethod
     def pushed(self, shard: Shard, worker: int) -> None:
         """A worker's new push has been read."""
+
+    @abstractmethod
+    def drop(self, worker: int) -> bool:
+        """Go on without a worker that has died. Whether that is possible."""
 
     def _apply(self, shard: Shard, pushed: Tensor, worker: int) -> None:
         if shard.optimizer is not None:
@@ -174,6 +184,10 @@ class Sync(Consistency):
             self._complete = 0
             self._on_complete(sum(squared_norm(one.total) for one in self.shards if one.total is not None))
 
+    def drop(self, worker: int) -> bool:
+        """An update is of all workers or of none."""
+        return False
+
     def norm_known(self, scale: float) -> None:
         """Apply what has been held back, ``scale`` times as long."""
         for shard in self.shards:
@@ -202,20 +216,32 @@ class Bounded(Consistency):
     def __init__(self, *arguments: Any, staleness: int | None, mean: bool, **rest: Any) -> None:
         super().__init__(*arguments, **rest)
         self._staleness, self._mean = staleness, mean
+        self._there = set(range(self.workers))
         self._waiting: dict[int, set[int]] = {shard.index: set() for shard in self.shards}
 
     def pushed(self, shard: Shard, worker: int) -> None:
         self.update_staleness[shard.updates - shard.read_at[worker]] += 1
         if self._mean:
             with torch.no_grad():
-                shard.parameter.lerp_(shard.one(worker), 1.0 / self.workers)
+                shard.parameter.lerp_(shard.one(worker), 1.0 / len(self._there))
             shard.updates += 1
         else:
             self._apply(shard, shard.one(worker), worker)
         shard.counts[worker] += 1
-        waiting = self._waiting[shard.index]
-        waiting.add(worker)
-        slowest = min(shard.counts)
+        self._waiting[shard.index].add(worker)
+        self._let_read(shard)
+
+    def drop(self, worker: int) -> bool:
+        """Nobody waits for it any more."""
+        self._there.discard(worker)
+        for shard in self.shards:
+            shard.forget(worker)
+            self._waiting[shard.index].discard(worker)
+            self._let_read(shard)
+        return True
+
+    def _let_read(self, shard: Shard) -> None:
+        waiting, slowest = self._waiting[shard.index], min((shard.counts[one] for one in self._there), default=0)
         for reader in sorted(waiting, key=lambda one: shard.counts[one]):
             if self._staleness is None or slowest >= shard.counts[reader] - self._staleness:
                 waiting.discard(reader)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from horovod_jobs.comm.channel import Incoming, Wire, finished, wait_until
+from horovod_jobs.comm.channel import Incoming, Wire, done, finished, is_loss, wait_until
 from horovod_jobs.strategy.parameter_server import protocol, rules
 from horovod_jobs.strategy.parameter_server.coordinator import Coordinator
 from horovod_jobs.strategy.parameter_server.shards import Bounded, Consistency, Flat, Shard, Sync, Table
@@ -17,7 +17,7 @@ from horovod_jobs.strategy.parameter_server.shards import Bounded, Consistency, 
 
 @dataclass(frozen=True)
 class Seat:
-    """Where a server sits: ``me`` is its rank, ``workers`` and ``servers`` are ranks of the same communicator.
+    """Where a server sits: ``me`` is its rank, ``workers`` and ``servers`` are ranks of the same communicator, ``hosts`` those of all.
 
     ``allow``: what an optimizer's class may be besides torch's.
     """
@@ -28,6 +28,13 @@ class Seat:
     workers: tuple[int, ...]
     servers: tuple[int, ...]
     allow: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
+
+    def obituary(self, rank: int) -> str:
+        """What to say of a rank that has died."""
+        where = f" on {self.hosts[rank]}" if self.hosts else ""
+        kind = "a parameter server" if rank in self.servers else "a worker"
+        return f"rank {rank}{where}, {kind}, has ended"
 
 
 def receive_arrays(up: Wire, order: dict[str, Any], *, source: int) -> dict[int, dict[str, Tensor]]:
@@ -64,7 +71,9 @@ class Stage:
         self._norms: dict[int, list[float]] = {rank: [] for rank in self._peers}  # of the steps to come
         self._coordinator = Coordinator(self._count)
         self._agree = torch.zeros(2 + protocol.FLAGS, dtype=torch.float64)
-        self._answers = [torch.zeros(protocol.FLAGS, dtype=torch.float64) for _ in range(self._count)]
+        self._answers = [torch.zeros(protocol.FLAGS + self._count, dtype=torch.float64) for _ in range(self._count)]
+        # Worker that has died -> its last step, and from which one on the others have its samples.
+        self._gone: dict[int, list[int]] = {}
         self.bytes_in = self.bytes_out = 0
 
     def _shard(self, chunk: dict[str, Any], order: dict[str, Any], tensors: dict[str, Tensor]) -> Shard:
@@ -126,18 +135,34 @@ class Stage:
     def turn(self) -> bool:
         """Go on with the chunks that have been read. Whether there were any."""
         if self._outgoing:
-            sent = set(finished(self._outgoing))
+            sent = set(finished(self._outgoing))  # Or never to be sent: who should read it has died.
             self._kept = [tensor for index, tensor in enumerate(self._kept) if index not in sent]
             self._outgoing = [request for index, request in enumerate(self._outgoing) if index not in sent]
-        done = finished(self._reading)
-        if not done:
+        read = finished(self._reading)
+        if not read:
             return False
-        whole = [self._read_what[index] for index in sorted(done, key=lambda at: self._read_what[at][0].index)]
-        keep = [index for index in range(len(self._reading)) if index not in set(done)]
+        whole = [self._read_what[index] for index in sorted(read, key=lambda at: self._read_what[at][0].index)]
+        keep = [index for index in range(len(self._reading)) if index not in set(read)]
         self._reading = [self._reading[index] for index in keep]
         self._read_what = [self._read_what[index] for index in keep]
+        lost = self._seat.up.lost()  # What such a worker sent may be torn.
         for shard, worker in whole:
-            self._rule.pushed(shard, worker)
+            if self._seat.workers[worker] not in lost:
+                self._rule.pushed(shard, worker)
+        return True
+
+    def drop(self, worker: int) -> bool:
+        """Go on without a worker that has died: nobody waits for it, nothing is sent to it. Whether that is possible."""
+        self._gone[worker] = []
+        left = [index for index, (_, one) in enumerate(self._read_what) if one != worker]
+        self._reading = [self._reading[index] for index in left]
+        self._read_what = [self._read_what[index] for index in left]
+        if not self._rule.drop(worker):
+            return False
+        last, step, answers = self._coordinator.drop(worker)
+        self._gone[worker] = [last, step]
+        for other, told in answers:
+            self._answer(other, told)
         return True
 
     def take_norm(self, message: Incoming) -> None:
@@ -152,7 +177,7 @@ class Stage:
         self._norms[self._seat.me].append(squared)
         for rank in self._peers:
             if rank != self._seat.me:
-                wait_until(self._seat.up.send(value, to=rank, tag=protocol.NORM).Test)
+                _end(self._seat.up.send(value, to=rank, tag=protocol.NORM))
         self._try_norm()
 
     def _try_norm(self) -> None:
@@ -169,6 +194,8 @@ class Stage:
 
     def _reply(self, shard: Shard, worker: int) -> None:
         rank = self._seat.workers[worker]
+        if worker in self._gone:
+            return
         if isinstance(shard, Table):
             packed = shard.outgoing(worker)
             self._outgoing.append(self._seat.down.send(packed, to=rank, tag=protocol.tag(shard.index)))
@@ -184,18 +211,22 @@ class Stage:
         if request is None:
             request = self._seat.down.sender(tensor, to=rank, tag=protocol.tag(shard.index))
             self._senders[shard.index, worker] = request
-        request.Start()
+        try:
+            request.Start()
+        except Exception as error:
+            if not is_loss(error):
+                raise
         self.bytes_out += tensor.nbytes
 
     def _finish_reply(self, shard: Shard, worker: int) -> None:
         """The last one has been read by its worker, or it would not have pushed again; MPI wants to be asked."""
         request = self._senders.get((shard.index, worker))
         if request is not None:
-            wait_until(request.Test)
+            _end(request)
 
     def _answer(self, worker: int, flags: Sequence[float]) -> None:
         self._answers[worker].copy_(torch.tensor(flags, dtype=torch.float64))
-        wait_until(self._seat.down.send(self._answers[worker], to=self._seat.workers[worker], tag=protocol.AGREE).Test)
+        _end(self._seat.down.send(self._answers[worker], to=self._seat.workers[worker], tag=protocol.AGREE))
 
     def give_all(self, worker: int) -> None:
         """All parameters to one worker; nobody pushes meanwhile."""
@@ -226,15 +257,22 @@ class Stage:
             "sparse_bytes": self.sparse_bytes,
             "dense_bytes": self.dense_bytes,
             "parameter_bytes": sum(shard.parameter.nbytes for shard in self.shards.values()),
+            "gone": {str(self._seat.workers[worker]): steps for worker, steps in self._gone.items()},
         }
 
     def end(self) -> None:
         """Let go of the messages."""
         for request in self._outgoing:
-            wait_until(request.Test)
-        for request in self._senders.values():
-            wait_until(request.Test)
-            request.Free()
+            _end(request)
+        for (_, worker), request in self._senders.items():
+            _end(request)
+            if worker not in self._gone:
+                request.Free()
+
+
+def _end(request: Any) -> None:
+    """Wait for a request; one to a rank that has died has ended."""
+    wait_until(lambda: done(request))
 
 
 def _is_array(value: Any, shard: Shard) -> bool:

@@ -37,6 +37,7 @@ class ParameterServer:
     """
 
     TUNING: ClassVar[frozenset[str]] = frozenset({"servers", "chunk_kb", "window_kb"})
+    whole_world: ClassVar[bool] = True  # Roles are given once, to all ranks.
 
     def __init__(
         self,
@@ -76,6 +77,16 @@ class ParameterServer:
         """Ranks that must be set aside before the others join Horovod."""
         return 0 if isinstance(self.servers, str) else self.servers
 
+    @property
+    def exact(self) -> bool:
+        """Whether the number of workers changes the result by rounding only."""
+        return self.consistency == "sync" and self.averaging == "gradients"
+
+    @property
+    def outlives_ranks(self) -> bool:
+        """Whether workers can go on without one that dies: they do not wait for each other, and none of them serves."""
+        return self.consistency != "sync" and self.dedicated_servers > 0
+
     def environment(self) -> dict[str, str]:
         """Nothing that Horovod reads."""
         return {}
@@ -101,7 +112,7 @@ class ParameterServer:
         roles = self._check(setting)
         up, down = roles.wires()
         servers = roles.server_ranks or roles.worker_ranks
-        seat = Seat(up, down, me=roles.rank, workers=roles.worker_ranks, servers=servers)
+        seat = Seat(up, down, me=roles.rank, workers=roles.worker_ranks, servers=servers, hosts=roles.hosts)
         group_of = {
             id(parameter): index for index, group in enumerate(optimizer.param_groups) for parameter in group["params"]
         }
@@ -122,7 +133,9 @@ class ParameterServer:
         terms = Terms(self.consistency, self.staleness, self.averaging, self.period, setting.clip_norm)
         module = type(optimizer).__module__
         here = (
-            None if roles.server_ranks else Server(Seat(up, down, roles.rank, roles.worker_ranks, servers, (module,)))
+            None
+            if roles.server_ranks
+            else Server(Seat(up, down, roles.rank, roles.worker_ranks, servers, (module,), roles.hosts))
         )
         return ParameterServerUpdater(
             optimizer, parameters, setting, tables=tables, terms=terms, layout=layout, seat=seat, here=here,

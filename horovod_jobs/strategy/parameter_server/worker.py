@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from horovod_jobs.comm.channel import CONTROL, wait_until
+from horovod_jobs.comm.channel import CONTROL, done, is_loss, wait_until
 from horovod_jobs.comm.world import Handle
 from horovod_jobs.errors import WorldError
-from horovod_jobs.strategy.base import Setting, Updater
+from horovod_jobs.strategy.base import Setting, StepTime, Updater
 from horovod_jobs.strategy.parameter_server import binding, protocol
+from horovod_jobs.strategy.parameter_server.account import account, moved
 from horovod_jobs.strategy.parameter_server.binding import Holding, Terms
-from horovod_jobs.strategy.parameter_server.companions import Flags, Host
+from horovod_jobs.strategy.parameter_server.companions import Flags, Host, Losses
 from horovod_jobs.strategy.parameter_server.courier import Courier
 from horovod_jobs.strategy.parameter_server.gates import Gates
 from horovod_jobs.strategy.parameter_server.rows import RowCourier, Slices
@@ -51,9 +51,11 @@ class ParameterServerUpdater(Updater):
         # Gradients can go during the backward pass, unless this worker must know them all first.
         self._eager = not self._weights and (self.lockstep or setting.clip_norm is None)
         self._step, self._first_step = 0, setting.first_step
+        self._next = 1  # the step that is made, or between two the one to come
         self._behind = False  # this worker's weights have moved since they were pushed
         self._dropped = 0
         self._report: list[dict[str, Any]] = []
+        self._losses = Losses(seat, endures=not self.lockstep, tells=self.world.is_main)
         self._host = Host(here) if here is not None else None
         try:
             self._begin(parameters, window_bytes)
@@ -67,7 +69,7 @@ class ParameterServerUpdater(Updater):
         with self.world.agreed("parameter_server.bind"):
             self._holding = Holding(self.optimizer, parameters, self._layout, self._terms, self._tables)
             if self.world.is_main:
-                binding.begin(seat.up, seat.down, self._holding, servers=seat.servers)
+                binding.begin(seat.up, seat.down, self._holding, servers=seat.servers, workers=seat.workers)
         if not self._weights:
             self.optimizer.state.clear()  # The servers hold it now.
         self._courier = Courier(
@@ -77,7 +79,9 @@ class ParameterServerUpdater(Updater):
         dials = self._holding.dials
         self._head = torch.zeros(1 + dials.count, dtype=torch.float64)
         self._heads = [seat.up.sender(self._head, to=rank, tag=protocol.HEAD) for rank in seat.servers]
-        self._flags = Flags(seat.up, seat.down, server=seat.servers[0], check=self._courier.poke)
+        self._flags = Flags(
+            seat.up, seat.down, server=seat.servers[0], workers=len(seat.workers), check=self._courier.poke
+        )
         self._passes = [0] * len(self._parameters)
         self._staged = [False] * len(self._parameters)
         self._hooks: list[Any] = []
@@ -85,6 +89,7 @@ class ParameterServerUpdater(Updater):
             for index, parameter in enumerate(self._parameters):
                 hook = parameter.register_post_accumulate_grad_hook(lambda tensor, index=index: self._ready(index))
                 self._hooks.append(hook)
+        self.world.expect_losses(not self.lockstep)
         everything = range(len(self._parameters))
         self._all = list(everything)
         lazy = not setting.averages_weights
@@ -95,6 +100,12 @@ class ParameterServerUpdater(Updater):
             raise WorldError(
                 f"the parameter server of rank {self.world.rank} has failed ({self._host.error!r}); see its log file"
             )
+        self._losses.look()
+
+    @property
+    def lost(self) -> list[dict[str, Any]]:
+        """Workers that have died in this stage."""
+        return self._losses.found
 
     def _fetch(self, indices: Sequence[int]) -> None:
         """Wait until these parameters are back."""
@@ -103,6 +114,23 @@ class ParameterServerUpdater(Updater):
         for index in indices:
             if index >= dense:
                 self._rows.fetch(index - dense)
+
+    # --- who works --------------------------------------------------------------------------------------------------
+    def _members(self) -> list[int]:
+        """The workers that are ranks of the world: one that has died is until all next meet."""
+        lost = {one["rank"] for one in self.world.lost}
+        return [rank for rank in self._seat.workers if rank not in lost]
+
+    def _at_work(self) -> list[bool]:
+        """For each rank of the world, whether it makes this step."""
+        gone_from = dict(zip(self._seat.workers, self._flags.gone_from, strict=True))
+        return [not gone_from[rank] or self._next < gone_from[rank] for rank in self._members()]
+
+    @property
+    def shares(self) -> tuple[float, ...] | None:
+        """The samples of a worker that has died go to the others, from a step on that is the same for all of them."""
+        at_work = self._at_work()
+        return None if all(at_work) else tuple(float(there) / sum(at_work) for there in at_work)
 
     # --- a step -----------------------------------------------------------------------------------------------------
     def zero_grad(self) -> None:
@@ -170,20 +198,23 @@ class ParameterServerUpdater(Updater):
         if self._gates is None:
             self._fetch(self._all)
 
+    def finish_step(self, spent: StepTime) -> None:
+        self._next = self._step + 1
+
     def _own_mean(self) -> None:
         """Make the gradients this worker's mean: the loop has divided its sum by the global batch."""
         for parameter in self._parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)  # As all-reduce does, where another rank may have one.
             else:
-                parameter.grad.mul_(self.world.size)
+                parameter.grad.mul_(sum(self._at_work()))
 
     def _clip_own(self) -> None:
         """Clip to ``clip_norm`` as if this worker's mean gradient were the whole one."""
         assert self.setting.clip_norm is not None
         grads = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         grads = [grad.coalesce().values() if grad.is_sparse else grad for grad in grads]
-        norm = self.world.size * float(sum(float(grad.double().square().sum()) for grad in grads)) ** 0.5
+        norm = sum(self._at_work()) * float(sum(float(grad.double().square().sum()) for grad in grads)) ** 0.5
         scale = min(1.0, self.setting.clip_norm / (norm + 1e-6))
         for parameter in self._parameters:
             if parameter.grad is not None:
@@ -223,7 +254,7 @@ class ParameterServerUpdater(Updater):
         self._courier.expect_all()
         self._rows.expect_all()
         for rank in self._seat.servers:
-            self._seat.up.send_json({"op": "fetch"}, to=rank)
+            self._seat.up.send_json({"op": "fetch", "workers": self._members()}, to=rank)
         self._fetch(self._all)
         self.world.barrier(name="parameter_server.read")
 
@@ -263,15 +294,24 @@ class ParameterServerUpdater(Updater):
             hook.remove()
         if self._gates is not None:
             self._gates.close()
-        home = self._courier.close(limit_s=_FAREWELL_S) and self._rows.close(limit_s=_FAREWELL_S)
+        self.world.expect_losses(False)
+        try:
+            self._losses.look(now=True)
+            home = self._courier.close(limit_s=_FAREWELL_S) and self._rows.close(limit_s=_FAREWELL_S)
+        except Exception as error:
+            if not isinstance(error, WorldError) and not is_loss(error):
+                raise
+            home = False  # A server has died, which is being told already.
         if home and self.world.is_main:
             self._report = [self._ask_report(rank) for rank in self._seat.servers]
+            _log.info("parameter server: %s", moved(self._report))
         for request in self._heads:
-            wait_until(request.Test, limit_s=_FAREWELL_S)
+            wait_until(lambda request=request: done(request), limit_s=_FAREWELL_S)  # type: ignore[misc]
             if home:
                 request.Free()
         for rank in self._seat.servers:
-            self._seat.up.send_json({"op": "unbind"}, to=rank)
+            if rank not in self._seat.up.lost():
+                self._seat.up.send_json({"op": "unbind"}, to=rank)
         if self._host is not None:
             self._host.join(limit_s=_FAREWELL_S)
 
@@ -282,36 +322,17 @@ class ParameterServerUpdater(Updater):
 
     def describe(self) -> dict[str, Any]:
         """The servers and their load, the staleness that happened (number of chunks by steps), and bytes moved by all workers."""
-        load = self._layout.load_bytes()
-        for table in self._tables:
-            for server in range(len(load)):
-                load[server] += table.of(table.parameter, server).nbytes
-        terms = self._terms
         return {
-            "strategy": "parameter_server",
+            **account(self._layout, self._tables, self._terms, self._report),
             "servers": "colocated" if self._host is not None else len(self._seat.servers),
-            "consistency": terms.consistency,
-            "staleness_bound": terms.staleness,
-            "averaging": terms.averaging,
-            "period": terms.period,
-            "chunks": len(self._layout.chunks),
-            "bytes_by_server": load,
-            "load_imbalance": max(load) * len(load) / sum(load) if sum(load) else 1.0,
             "waited_for_at_the_beginning": len(self._all) if self._gates is None else self._gates.at_the_beginning,
             "parameters": len(self._all),
-            "read_staleness_steps": _added(self._report, "read_staleness"),
-            "update_staleness_updates": _added(self._report, "update_staleness"),
-            "bytes_pushed": sum(part["bytes_in"] for part in self._report),
-            "bytes_pulled": sum(part["bytes_out"] for part in self._report),
-            "embedding_rows": [table.parameter.shape[0] for table in self._tables],
-            "embedding_bytes_moved": sum(part["sparse_bytes"] for part in self._report),
-            "embedding_bytes_of_whole_tables": sum(part["dense_bytes"] for part in self._report),
             "pushes_not_finite": self._dropped,
+            "lost_workers": [lost | self._last_of(lost["rank"]) for lost in self.lost],
         }
 
-
-def _added(reports: Sequence[dict[str, Any]], name: str) -> dict[str, int]:
-    total: Counter[str] = Counter()
-    for report in reports:
-        total.update(report[name])
-    return dict(sorted(total.items(), key=lambda item: int(item[0])))
+    def _last_of(self, rank: int) -> dict[str, int | None]:
+        """A lost worker's last step, and from which on the others had its samples: what lies between, nobody has learnt from."""
+        steps = self._report[0]["gone"].get(str(rank)) if self._report else None
+        last, step = [self._first_step + one for one in steps] if steps else (None, None)
+        return {"last_step": last, "samples_taken_over_from_step": step}

@@ -160,9 +160,10 @@ def test_ids_come_from_the_training_part_only(data, split):
     assert (train[:, 0] == 0).sum() == 0
 
 
-def test_another_test_part_does_not_change_the_ids(data, published, monkeypatch):
+@pytest.mark.parametrize("history", [False, True])
+def test_another_test_part_does_not_change_the_ids(history, data, published, monkeypatch):
     """The features know nothing of the test: other ratings and films there leave the training part as it is."""
-    before = data(split="time")
+    before = data(split="time", history=history)
     ratings = module.load(str(published / "official"))
     parts = module._partition(ratings, split="time", test_share=0.2, validation_share=0.1, split_seed=0)
     lines = official()["u.data"].splitlines(keepends=True)
@@ -170,11 +171,22 @@ def test_another_test_part_does_not_change_the_ids(data, published, monkeypatch)
         user, _, rating, second = lines[position].split(b"\t")
         lines[position] = b"\t".join([user, b"20", str(6 - int(rating)).encode(), second])
     monkeypatch.setattr(module, "OFFICIAL", publish(published / "other", {**official(), "u.data": b"".join(lines)}))
-    after = movielens(str(published / "other"), split="time")
+    after = movielens(str(published / "other"), split="time", history=history)
     assert after.fields == before.fields
     assert torch.equal(everything(after.train).inputs, everything(before.train).inputs)
     assert not torch.equal(everything(after.test).targets, everything(before.test).targets)
     assert after.digest != before.digest
+
+
+def test_the_past_is_seven_columns_more(data):
+    plain, past = data(split="time"), data(split="time", history=True)
+    assert [name for name, _, _ in past.fields[8:]] == [
+        "user_rate", "user_kindness", "user_count", "item_rate", "item_goodness", "item_count", "taste"
+    ]  # fmt: skip
+    assert past.input_shape == (plain.input_shape[0] + 7,)
+    assert torch.equal(everything(past.test).inputs[:, : plain.input_shape[0]], everything(plain.test).inputs)
+    with pytest.raises(ConfigError, match="data.history=true with data.split=random"):
+        data(history=True)
 
 
 def test_both_layouts_are_the_same_data(data, published):
@@ -189,6 +201,7 @@ def test_the_digest_follows_the_settings(data):
         for settings in (
             {},
             {"split": "time"},
+            {"split": "time", "history": True},
             {"split_seed": 1},
             {"liked_from": 5},
             {"test_share": 0.3},

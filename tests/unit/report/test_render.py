@@ -54,6 +54,13 @@ def test_page_has_every_section_and_the_figures(page):
     assert "mpi4py not installed" in page
 
 
+def test_a_rank_that_was_lost_is_named(data):
+    assert not any("ended on the way" in sentence for sentence in summary_sentences(data))
+    world = {**data.manifest["world"], "lost": [{"rank": 1, "host": "node7"}]}
+    first = summary_sentences(replace(data, manifest={**data.manifest, "world": world}))[0]
+    assert "Rank 1 on node7 ended on the way, and the others went on without it." in first
+
+
 def test_page_is_self_contained(page):
     assert "<script" not in page
     assert not re.search(r'\b(src|data)="', page)

@@ -1,0 +1,264 @@
+"""Each rank's sign of life, written beside the run; and a watchdog that reads the others' when this rank waits for too long.
+
+A rank that is stopped, cut off or lost in a loop cannot say so, and the collectives of the others wait for it without end. A thread of
+every rank writes what the rank is doing into ``<run>/ranks/``: the main thread's stack says which collective it waits in, so the
+training loop itself pays nothing. Times are counted by each rank on its own monotonic clock: clocks that differ or jump do no harm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from horovod_jobs.comm.world import World
+from horovod_jobs.console import Console
+from horovod_jobs.errors import WorldError
+
+DIRECTORY = "ranks"
+INTERVAL_S = 2.0
+_ALARM = "alarm"
+
+
+class Pulse:
+    """The thread. ``start`` and ``stop`` are for the runner.
+
+    Args:
+        run_dir: the run's directory, which all ranks see.
+        console: knows how far the work is.
+        silent_limit_s: a rank that gives no sign of life for so long while others wait for it ends the job; None: never.
+        stall_limit_s: the same for a wait in which every rank gives signs of life; None: never.
+        end: called in this thread with the error and the silent ranks; must not return.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        *,
+        run_dir: Path,
+        console: Console,
+        silent_limit_s: float | None,
+        stall_limit_s: float | None,
+        end: Callable[[WorldError, list[int]], None],
+        interval_s: float = INTERVAL_S,
+    ) -> None:
+        self._world, self._console, self._end, self._interval_s = world, console, end, interval_s
+        self._silent_limit_s, self._stall_limit_s = silent_limit_s, stall_limit_s
+        self._directory, self._logs = run_dir / DIRECTORY, run_dir / "logs"
+        self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
+        self._watched = threading.get_ident()
+        self._over = threading.Event()
+        self._beat = 0
+        self._wait = Wait()
+        self._others = Others(world, self._directory)
+        self._dumped = ""  # the alarm whose stacks are written
+
+    def start(self) -> None:
+        """Begin. This rank's work is that of the calling thread."""
+        self._directory.mkdir(exist_ok=True)
+        self._write()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Write the last sign of life and end the thread."""
+        self._over.set()
+        self._thread.join(timeout=5)
+        self._write(ended=True)
+
+    def _run(self) -> None:
+        last = time.monotonic()
+        while not self._over.wait(self._interval_s):
+            now = time.monotonic()
+            if now - last > 3 * self._interval_s + 1:  # This rank itself was stopped: what it has seen is old.
+                self._wait, self._others = Wait(), Others(self._world, self._directory)
+            last = now
+            self._wait.look(self._watched, self._console.now, now=now)
+            self._write()
+            self._dump_if_asked()
+            if self._world.size > 1:
+                self._check(now)
+
+    # --- what this rank says --------------------------------------------------------------------------------------------
+    def _write(self, *, ended: bool = False) -> None:
+        self._beat += 1
+        label, done, total, note = self._console.now
+        sign = {
+            "rank": self._world.rank,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "beat": self._beat,
+            "time": round(time.time(), 3),
+            "every_s": self._interval_s,
+            "doing": label,
+            "done": done,
+            "total": total,
+            "note": note,
+            "waiting_in": self._wait.name,
+            "waiting_s": round(self._wait.seconds, 1),
+            "ended": ended,
+        }
+        path = self._directory / f"rank-{self._world.rank}.json"
+        try:  # Not by storage.write_text: a sign of life need not survive a power cut, and a full disk must not end the job here.
+            new = path.with_suffix(".new")
+            new.write_text(json.dumps(sign), encoding="utf-8")
+            new.replace(path)
+        except OSError:
+            return
+
+    def _dump_if_asked(self) -> None:
+        try:
+            asked = (self._directory / _ALARM).read_text(encoding="utf-8")
+        except OSError:
+            return
+        if asked != self._dumped:
+            self._dumped = asked
+            self._dump()
+
+    def _dump(self) -> None:
+        """Append the stack of every thread of this rank to its file."""
+        try:
+            with (self._logs / f"stacks-{self._world.rank}.txt").open("a", encoding="utf-8") as stream:
+                stream.write(f"--- rank {self._world.rank}, {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+                stream.flush()
+                faulthandler.dump_traceback(stream, all_threads=True)
+        except OSError:
+            return
+
+    # --- what it makes of the others ------------------------------------------------------------------------------------
+    def _check(self, now: float) -> None:
+        limits = [limit for limit in (self._silent_limit_s, self._stall_limit_s) if limit is not None]
+        if not limits or self._wait.seconds < min(limits) / 4:
+            self._others.forget()
+            return
+        self._others.look(now)
+        silent = self._others.silent(now, limit_s=self._silent_limit_s)
+        error = self._verdict(silent)
+        if error is None:
+            return
+        with contextlib.suppress(OSError):
+            (self._directory / _ALARM).write_text(f"rank {self._world.rank} after {self._beat} beats", encoding="utf-8")
+        self._dump()
+        time.sleep(2 * self._interval_s)  # The others write their stacks.
+        label = self._wait.name
+        self._wait.look(self._watched, self._console.now, now=time.monotonic())
+        if self._wait.name != label or self._wait.seconds < min(limits) / 4 or self._over.is_set():
+            return  # It came after all.
+        self._end(error, silent)
+
+    def _verdict(self, silent: list[int]) -> WorldError | None:
+        waits = f"rank {self._world.rank} has waited in {self._wait.name!r} for {self._wait.seconds:.0f} s"
+        files = f"stacks of the ranks that can still write are in {self._logs}/stacks-*.txt"
+        goes_on = "the same command goes on from the last checkpoint"
+        if silent and self._silent_limit_s is not None and self._wait.seconds > self._silent_limit_s:
+            names = ", ".join(self._others.describe(rank) for rank in silent)
+            return WorldError(
+                f"{waits}, and {names} gave no sign of life for {self._silent_limit_s:g} s (run.silent_limit_s): stopped, cut off, or "
+                f"its host is down; {files}; {goes_on}"
+            )
+        if self._stall_limit_s is not None and self._wait.seconds > self._stall_limit_s:
+            return WorldError(
+                f"{waits} (run.stall_limit_s={self._stall_limit_s:g}), and the others are: {self._others.doing()}; {files}; {goes_on}"
+            )
+        return None
+
+
+class Wait:
+    """Which collective a thread waits in, and for how long it has been the same."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self.seconds = 0.0
+        self._token: Any = None
+        self._since = 0.0
+
+    def look(self, thread: int, progress: Any, *, now: float) -> None:
+        found = waiting_in(thread)
+        self.name = found[0] if found else None
+        token = (found, progress)
+        if found is None or token != self._token:
+            self._since = now
+        self._token = token
+        self.seconds = now - self._since
+
+
+def waiting_in(thread: int) -> tuple[str, int] | None:
+    """The collective that a thread is in, and the identity of its frame; None where it does something else.
+
+    It waits where nothing but Horovod, MPI and ``comm`` is on top of its stack: rank 0 at work inside ``World.main`` does not. Some of
+    Horovod's collectives are autograd functions, so that frames of torch's may lie between.
+    """
+    frame = sys._current_frames().get(thread)
+    found: tuple[str, int] | None = None
+    while frame is not None:
+        module = str(frame.f_globals.get("__name__", ""))
+        if module.startswith("horovod_jobs.comm."):
+            values = frame.f_locals
+            name = values.get("name", getattr(values.get("self"), "name", None))
+            if isinstance(name, str):
+                found = (name, id(frame))
+            elif found is None:
+                found = (f"{module.rpartition('.')[2]}.{frame.f_code.co_name}", id(frame))
+        elif not module.startswith(("horovod.", "mpi4py", "torch.autograd.")):
+            break
+        frame = frame.f_back
+    return found
+
+
+class Others:
+    """The signs of life of all ranks, and when each was last seen to change, on this rank's clock."""
+
+    def __init__(self, world: World, directory: Path) -> None:
+        self._world, self._directory = world, directory
+        self._signs: dict[int, dict[str, Any]] = {}
+        self._changed: dict[int, float] = {}
+
+    def forget(self) -> None:
+        self._changed.clear()
+
+    def look(self, now: float) -> None:
+        for rank in range(self._world.size):
+            sign = read_sign(self._directory / f"rank-{rank}.json")
+            if rank not in self._changed or (sign or {}).get("beat") != self._signs.get(rank, {}).get("beat"):
+                self._changed[rank] = now
+            if sign is not None:
+                self._signs[rank] = sign
+
+    def silent(self, now: float, *, limit_s: float | None) -> list[int]:
+        """Ranks that have not changed for ``limit_s``."""
+        if limit_s is None:
+            return []
+        return [rank for rank, when in self._changed.items() if now - when > limit_s and rank != self._world.rank]
+
+    def describe(self, rank: int) -> str:
+        sign = self._signs.get(rank)
+        return f"rank {rank} (never seen)" if sign is None else f"rank {rank} (host {sign['host']}, pid {sign['pid']})"
+
+    def doing(self) -> str:
+        """What each of the other ranks is at."""
+        told = []
+        for rank in range(self._world.size):
+            sign = self._signs.get(rank)
+            if rank == self._world.rank or sign is None:
+                continue
+            at = (
+                f"waiting in {sign['waiting_in']!r}" if sign["waiting_in"] else f"at work ({sign['doing'] or 'set-up'})"
+            )
+            told.append(f"{self.describe(rank)} {at}")
+        return ", ".join(told) or "unknown"
+
+
+def read_sign(path: Path) -> dict[str, Any] | None:
+    """A rank's last sign of life; None where there is none or it is damaged."""
+    try:
+        sign = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return sign if isinstance(sign, dict) else None

@@ -1,0 +1,100 @@
+"""Faults as schedules: each strikes at a step, is read back from the log, and the job ends in the untouched run's weights."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from horovod_jobs.chaos import strikes
+from tests.integration.support import TINY, WORLD, Forks, events, left_behind, manifest, run, stage, weights
+
+LONG = (*TINY, "fit.epochs=12", "fit.checkpoint_every_steps=20", "fit.ema_decay=0.9")
+SOAK = ("launch.restarts=5", "run.silent_limit_s=4", "run.stall_limit_s=8")
+
+
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The weights of the run in two ranks that nothing strikes."""
+    directory = tmp_path_factory.mktemp("untouched")
+    done = run(*LONG, *WORLD, cwd=directory)
+    assert done.code == 0, done.text
+    return weights(directory)
+
+
+def schedule(*faults: tuple[str, int, int]) -> str:
+    entries = ",".join(f"{{fault: {fault}, rank: {rank}, step: {step}, stage: model}}" for fault, rank, step in faults)
+    return f"chaos.schedule=[{entries}]"
+
+
+def test_a_job_outlives_a_schedule_of_faults(tmp_path: Path, untouched: dict[str, str]) -> None:
+    faults = [("kill", 0, 30), ("stop", 1, 50), ("exception", 1, 70)]
+    done = run(*LONG, *WORLD, *SOAK, "chaos=kills", schedule(*faults), cwd=tmp_path, timeout_s=400)
+    assert done.code == 0, done.text
+    told = strikes(tmp_path / "runs" / "chaos.jsonl")
+    assert [(entry["fault"], entry["rank"], entry["step"]) for entry in told] == faults
+    assert weights(tmp_path) == untouched, "bit for bit the same"
+    assert manifest(tmp_path)["status"] == "done"
+    assert stage(manifest(tmp_path), "model")["resumed_from_step"] == 60
+    assert "start 3 of launch.restarts=5" in done.err
+    assert left_behind(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("controller", "fault", "lost", "message"),
+    [
+        ("mpi", "stop", 0, r"rank 1 has waited in '[a-z.]+' for \d+ s, and rank 0 \(host \S+, pid \d+\) gave no sign of life for 4 s"),
+        ("gloo", "hang", 1, r"rank 0 has waited in '[a-z.]+' for \d+ s \(run.stall_limit_s=8\), and the others are: rank 1 \(.*\) at work"),
+    ],
+)  # fmt: skip
+def test_a_rank_that_does_not_come_is_named_with_every_stack(
+    controller: str, fault: str, lost: int, message: str, tmp_path: Path
+) -> None:
+    world = (*WORLD, f"launch.controller={controller}")
+    done = run(*LONG, *world, *SOAK[1:], "run.id=one", "chaos=kills", schedule((fault, lost, 30)), cwd=tmp_path)
+    assert done.code == 9, done.text
+    assert "Traceback" not in done.err
+    told = manifest(tmp_path, run="one")  # By whoever is left, where rank 0 is lost.
+    assert (told["status"], told["exit_code"]) == ("failed", 9)
+    assert re.search(message, told["error"]), told["error"]
+    assert told["error"] in done.err
+    logs = tmp_path / "runs" / "one" / "logs"
+    assert "horovod_jobs/comm/" in (logs / f"stacks-{1 - lost}.txt").read_text()
+    if fault == "hang":  # It runs, so it can say where.
+        assert "chaos.py" in (logs / f"stacks-{lost}.txt").read_text()
+        assert events(tmp_path, run="one")[-1]["event"] == "job_end"
+
+
+def test_two_launchers_with_the_same_run_id(forks: Forks, tmp_path: Path) -> None:
+    run_dir = tmp_path / "runs" / "one"
+    run_dir.mkdir(parents=True)
+    with (run_dir / ".lock").open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        stream.write(f"process {os.getpid()} on here")
+        stream.flush()
+        done = forks.run(*TINY, "run.id=one", cwd=tmp_path)
+        assert done.code == 6, done.text
+        assert done.errors == [
+            f"error: run one is another job's at this moment (process {os.getpid()} on here); wait for it to end, or leave run.id out"
+        ]
+        assert not (run_dir / "manifest.json").exists()
+    assert forks.run(*TINY, "run.id=one", cwd=tmp_path).code == 0
+    assert forks.run(*TINY, "run.id=one", cwd=tmp_path).code == 0
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("chaos.times=-1", "chaos.times=-1"),
+        ("chaos.faults=[flood]", "fault 'flood' is not known"),
+        ("launch.restarts=-1", "launch.restarts=-1 is not a number of starts"),
+    ],
+)
+def test_bad_settings(override: str, message: str, forks: Forks, tmp_path: Path) -> None:
+    done = forks.run(*TINY, "chaos=kills", override, cwd=tmp_path)
+    assert done.code == 2, done.text
+    assert len(done.errors) == 1
+    assert message in done.errors[0]

@@ -3,6 +3,7 @@
 
 VENV ?= .venv
 NP ?= 2
+JOBS ?= 2
 ARGS ?=
 export VENV
 # A relative VENV is relative to this directory, wherever the tools are started from.
@@ -13,7 +14,7 @@ BIN := $(abspath $(VENV))/bin
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 16
-	@echo '  Variables: NP (ranks, now $(NP)), ARGS (more overrides for the job), VENV, PYTHON, TORCH_REQUIREMENT, EXTRAS'
+	@echo '  Variables: NP (ranks, now $(NP)), JOBS (test files at a time, now $(JOBS)), ARGS (more overrides for the job), VENV, PYTHON, TORCH_REQUIREMENT, EXTRAS'
 
 install: ## make the environment, Horovod included
 	@launch/install.sh
@@ -22,7 +23,7 @@ run: install ## set up and run the main job on two ranks
 	$(BIN)/horovod-jobs experiment=main launch=local launch.np=$(NP) $(ARGS)
 
 test: install ## set up and pass the tests: one process first, then two ranks, then four
-	$(BIN)/python -m pytest tests --ignore=tests/parallel --ignore=tests/cluster
+	$(BIN)/python -m pytest tests --ignore=tests/parallel --ignore=tests/cluster -n $(JOBS) --dist loadfile
 	$(BIN)/python -m tests.in_world -np 2 tests/parallel
 	$(BIN)/python -m tests.in_world -np 4 $(addprefix tests/parallel/test_,adasum.py groups.py hierarchy.py parameter_server.py parameter_server_stages.py)
 

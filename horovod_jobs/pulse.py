@@ -64,6 +64,8 @@ class Pulse:
     def start(self) -> None:
         """Begin. This rank's work is that of the calling thread."""
         self._directory.mkdir(exist_ok=True)
+        if self._world.is_main:
+            (self._directory / _ALARM).unlink(missing_ok=True)  # Of an earlier run with this id.
         self._write()
         self._thread.start()
 

@@ -45,7 +45,7 @@ TABLE: dict[str, tuple[tuple[str, ...], int, str]] = {
     "unknown key of a stage's fit": (("+stages.model.fit.epoch=3",), 2, r"stages\.model\.fit\.epoch=3 is not a key \(did you mean epochs"),
     "unknown group": (("modle=mlp",), 2, r"modle"),
     "unknown option": (("model=mpl",), 2, r"'model/mpl' Available options in 'model': .*mlp.*resnet20"),
-    "unknown option of launch": (("launch=cloud",), 2, r"'launch/cloud' Available options in 'launch': local none"),
+    "unknown option of launch": (("launch=cloud",), 2, r"'launch/cloud' Available options in 'launch': docker hosts local mpijob none slurm trainjob"),
     "null for a group that is needed": (("data=null",), 2, r"group override must be a string"),
     "not an override": (("fit.epochs",), 2, r"'fit\.epochs' missing EQUAL"),
     "no such config directory": (("--config-dir=/nowhere",), 2, r"'/nowhere' not found"),

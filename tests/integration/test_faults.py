@@ -56,7 +56,7 @@ def test_a_rank_that_does_not_come_is_named_with_every_stack(
     world = (*WORLD, f"launch.controller={controller}")
     done = run(*LONG, *world, *SOAK[1:], "run.id=one", "chaos=kills", schedule((fault, lost, 30)), cwd=tmp_path)
     assert done.code == 9, done.text
-    assert "Traceback" not in done.err
+    assert controller == "gloo" or "Traceback" not in done.err, "horovodrun ends with one of its own"
     told = manifest(tmp_path, run="one")  # By whoever is left, where rank 0 is lost.
     assert (told["status"], told["exit_code"]) == ("failed", 9)
     assert re.search(message, told["error"]), told["error"]

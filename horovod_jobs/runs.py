@@ -279,8 +279,8 @@ def _print_json(value: Any) -> None:
 def _console() -> Console:
     from rich.console import Console
 
-    # A pipe has no width; wide lines are then better than folded ones.
-    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 200, highlight=False)
+    # A pipe has no width, whatever COLUMNS says of the terminal behind it; wide lines are then better than folded ones.
+    return Console(width=None if sys.stdout.isatty() else 200, highlight=False)
 
 
 def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> None:
@@ -290,7 +290,8 @@ def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for i, name in enumerate(columns):
-        table.add_column(name, justify="right" if i in right else "left", overflow="fold")
+        # The first column is what people copy: it keeps its width.
+        table.add_column(name, justify="right" if i in right else "left", overflow="fold", no_wrap=i == 0)
     for row in rows:
         table.add_row(*map(Text, row))
     _console().print(table)

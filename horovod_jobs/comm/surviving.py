@@ -204,6 +204,9 @@ class SurvivingWorld(World):
         _meet(self._last)
 
     def shutdown(self) -> None:
-        self.barrier(name="surviving.shutdown")
+        # The job is over, well or not: a loss from here on is nobody's error, and one before has been told.
+        if self._error is None:
+            with contextlib.suppress(WorldError):
+                self.steady(lambda: self.barrier(name="surviving.shutdown"))
         self.roles.dismiss()
         self.roles.watch.stop()

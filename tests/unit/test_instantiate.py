@@ -26,7 +26,7 @@ def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     "target",
     ["os.system", "builtins.eval", "subprocess.Popen", "torch.load", "torch.hub.load", "torch.nn.modules.module.torch.load",
-     "horovod_jobs.launch.subprocess.run", "torch.nn.functional.torch.os.system"],
+     "horovod_jobs.launch.process.subprocess.run", "torch.nn.functional.torch.os.system"],
 )  # fmt: skip
 def test_code_that_is_not_allowed_is_refused(target: str) -> None:
     with pytest.raises(ConfigError, match="is not allowed"):

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import importlib.util
 import json
 import os
+import pty
+import re
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -185,12 +191,38 @@ def test_help_has_examples(capsys):
     assert stop.value.code == 2
 
 
-@pytest.mark.parametrize("columns", ["40", "80"])
+@pytest.mark.parametrize("columns", [40, 80])
 def test_narrow_terminals(root, columns):
-    result = shell(root, "show", "20260101-a", COLUMNS=columns)
+    told, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    environment = {key: value for key, value in os.environ.items() if key != "COLUMNS"} | {
+        "PYTHONPATH": str(REPOSITORY),
+        "NO_COLOR": "1",
+        "TERM": "xterm",
+    }
+    command = [sys.executable, "-m", "horovod_jobs.runs", "show", "20260101-a", "--root", str(root)]
+    process = subprocess.Popen(command, stdout=terminal, env=environment)
+    os.close(terminal)
+    text = re.sub(r"\x1b\[[0-9;]*m", "", read_to_the_end(told))
+    assert process.wait(timeout=60) == 0, text
+    table = [line for line in text.splitlines() if line.startswith(" ")]
+    assert max(map(len, table)) <= columns
+    assert any(line.split()[:1] == ["teacher"] for line in table), "the first column is not folded"
+
+
+def read_to_the_end(descriptor: int) -> str:
+    """What was written to a pseudo-terminal, which answers EIO when its last writer has gone."""
+    pieces = []
+    with os.fdopen(descriptor, "rb", buffering=0) as stream, contextlib.suppress(OSError):
+        while piece := stream.read(4096):
+            pieces.append(piece)
+    return b"".join(pieces).decode()
+
+
+def test_a_pipe_is_as_wide_as_what_goes_through_it(root):
+    result = shell(root, "ls", COLUMNS="40")
     assert result.returncode == 0, result.stderr
-    table = [line for line in result.stdout.splitlines() if line.startswith(" ")]
-    assert max(map(len, table)) <= int(columns)
+    assert any(line.split()[:2] == ["20260101-a", "done"] for line in result.stdout.splitlines())
 
 
 def test_a_reader_that_leaves_is_no_error(root):

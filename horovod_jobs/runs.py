@@ -20,7 +20,7 @@ from horovod_jobs import formats
 from horovod_jobs import manifest as manifests
 from horovod_jobs.comparing import compare
 from horovod_jobs.errors import ArtifactError, JobError
-from horovod_jobs.launch.k8s_parser import add_cluster_commands
+from horovod_jobs.launch.kubernetes.parser import add_cluster_commands
 from horovod_jobs.manifest import Manifest
 
 if TYPE_CHECKING:

@@ -18,11 +18,11 @@ from horovod_jobs.launch.in_rank import COMMAND_VARIABLE
 
 KINDS = {
     "local": "horovod_jobs.launch.local",
-    "hosts": "horovod_jobs.launch.hosts",
-    "slurm": "horovod_jobs.launch.slurm",
+    "hosts": "horovod_jobs.launch.hosts.plan",
+    "slurm": "horovod_jobs.launch.slurm.plan",
     "docker": "horovod_jobs.launch.docker",
-    "mpijob": "horovod_jobs.launch.mpijob",
-    "trainjob": "horovod_jobs.launch.trainjob",
+    "mpijob": "horovod_jobs.launch.kubernetes.mpijob",
+    "trainjob": "horovod_jobs.launch.kubernetes.trainjob",
 }
 _DRIVER_INSIDE = ("docker", "mpijob")  # The driver of an elastic job runs where they start it.
 _swept: list[tuple[LaunchConfig, JobCommand]] = []
@@ -92,7 +92,7 @@ def start(launch: LaunchConfig, *, job: JobCommand, elastic: bool = False) -> in
 
 def finish_sweep() -> int:
     """Submit the jobs of a sweep that wait for each other: those that ask Slurm for the same as one array. Gives the exit code."""
-    from horovod_jobs.launch import slurm
+    from horovod_jobs.launch.slurm import plan as slurm
 
     codes = []
     while _swept:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.hosts import why_not as no_hosts
-from horovod_jobs.launch.k8s_log import manifest_in
+from horovod_jobs.launch.kubernetes.log import manifest_in
 from tests.cluster import pods
 from tests.cluster.image import FASHION_MNIST, ROOT, Image, built
 

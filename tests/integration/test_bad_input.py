@@ -290,7 +290,11 @@ def test_a_directory_that_may_not_be_written(key: str, forks: Forks, tmp_path: P
 
 
 def test_a_file_that_may_not_grow_leaves_the_checkpoints_before_it(forks: Forks, tmp_path: Path) -> None:
-    settings = (*TINY, "model=mlp", "fit.checkpoint_every_steps=5")  # Its weights are larger than any text a run writes.
+    settings = (
+        *TINY,
+        "model=mlp",
+        "fit.checkpoint_every_steps=5",
+    )  # Its weights are larger than any text a run writes.
     done = forks.run(*settings, cwd=tmp_path, file_bytes=16_000)
     check(done, code=6, pattern=r"cannot write a checkpoint to .*File too large")
     assert weights(tmp_path) == {}

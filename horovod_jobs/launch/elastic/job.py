@@ -139,7 +139,7 @@ def _places(launch: LaunchConfig, planned: LaunchPlan) -> tuple[Discovery, Spawn
     if launch.kind == "local":
         found = Fixed({"localhost": launch.np}) if elastic.discovery is None else _discovery(elastic)
         return found, local, _LOOPBACK, loopback()
-    from horovod_jobs.launch.hosts import named_hosts, ssh_options
+    from horovod_jobs.launch.hosts.plan import named_hosts, ssh_options
 
     named = {one.name: one.count for one in named_hosts(launch.hosts)}
     if not named and elastic.discovery is None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from horovod_jobs.errors import ArtifactError
-from horovod_jobs.launch.k8s_log import MARK, is_part, manifest_in
+from horovod_jobs.launch.kubernetes.log import MARK, is_part, manifest_in
 
 PATH = Path(__file__).resolve().parents[3] / "launch" / "image" / "entrypoint.py"
 _spec = importlib.util.spec_from_file_location("entrypoint", PATH)

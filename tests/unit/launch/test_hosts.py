@@ -11,11 +11,11 @@ import pytest
 
 from horovod_jobs.config import HostsConfig, LaunchConfig
 from horovod_jobs.errors import ConfigError, SetupError
-from horovod_jobs.launch.checks import Checked
-from horovod_jobs.launch.hosts import Slots, _stations, count, filled, named_hosts, over, plan_job, ssh_options
-from horovod_jobs.launch.judging import COLUMNS, PACKAGES, Answer, Wanted, judge, network_of, raise_if_bad
+from horovod_jobs.launch.hosts.checks import Checked
+from horovod_jobs.launch.hosts.judging import COLUMNS, PACKAGES, Answer, Wanted, judge, network_of, raise_if_bad
+from horovod_jobs.launch.hosts.plan import Slots, _stations, count, filled, named_hosts, over, plan_job, ssh_options
+from horovod_jobs.launch.hosts.station import Store
 from horovod_jobs.launch.starting import shown
-from horovod_jobs.launch.station import Store
 from tests.unit.launch.support_launch import ENVIRON, HOST, golden, job
 
 TWO = HostsConfig(list=["a:4", "b:4"])

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from horovod_jobs.errors import SetupError
-from horovod_jobs.launch import hub
-from horovod_jobs.launch.hub import Station, run_stations
+from horovod_jobs.launch.hosts import hub
+from horovod_jobs.launch.hosts.hub import Station, run_stations
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -20,8 +20,8 @@ from horovod_jobs.app import conf_dir
 from horovod_jobs.config import KubernetesConfig, LaunchConfig
 from horovod_jobs.errors import ConfigError
 from horovod_jobs.job import register_schema, resolve
-from horovod_jobs.launch import k8s_manifests, mpijob, trainjob
 from horovod_jobs.launch.base import JobCommand
+from horovod_jobs.launch.kubernetes import manifests, mpijob, trainjob
 from tests.unit.launch.support_launch import ENVIRON, HOST, golden, job
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -56,7 +56,7 @@ def render(
     return str(text)
 
 
-def manifests(kind: str, config: KubernetesConfig | None = None, **changes: Any) -> dict[str, dict[str, Any]]:
+def rendered(kind: str, config: KubernetesConfig | None = None, **changes: Any) -> dict[str, dict[str, Any]]:
     return {entry["kind"]: entry for entry in yaml.safe_load_all(render(kind, config, **changes))}
 
 
@@ -133,7 +133,7 @@ def faults(made: dict[str, Any]) -> list[str]:
 def every_manifest() -> Iterator[tuple[str, dict[str, Any]]]:
     for kind in MODULES:
         for label, config in (("plain", None), ("full", FULL), ("gang", plain(gang="coscheduling"))):
-            for name, manifest in manifests(kind, config).items():
+            for name, manifest in rendered(kind, config).items():
                 yield f"{kind}-{label}-{name}", manifest
 
 
@@ -146,7 +146,7 @@ def test_the_operators_schema_takes_it(label: str, made: dict[str, Any]) -> None
 
 def test_the_schema_sees_what_is_wrong() -> None:
     """The check can fail: a field with a typo, a word for a number, a word that is none of the operator's."""
-    made = manifests("mpijob")["MPIJob"]
+    made = rendered("mpijob")["MPIJob"]
     for path, value, said in (
         (("spec", "runPolicy", "cleanPodPolicies"), "Running", "'cleanPodPolicies' was unexpected"),
         (("spec", "mpiReplicaSpecs", "Worker", "template", "spec", "tolerationz"), [], "'tolerationz' was unexpected"),
@@ -173,7 +173,7 @@ def test_kubernetes_own_schema_takes_it(label: str, made: dict[str, Any]) -> Non
 @pytest.mark.parametrize("config", [plain(), FULL], ids=["plain", "full"])
 def test_the_pods_are_pods(kind: str, config: KubernetesConfig) -> None:
     validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
-    for role, template in pods(manifests(kind, config)).items():
+    for role, template in pods(rendered(kind, config)).items():
         pod = {
             "apiVersion": "v1",
             "kind": "Pod",
@@ -193,7 +193,7 @@ def test_the_pods_are_pods(kind: str, config: KubernetesConfig) -> None:
 @pytest.mark.parametrize("kind", MODULES)
 def test_nothing_runs_as_root_or_may_become_it(kind: str) -> None:
     """The restricted Pod Security Standard."""
-    for template in pods(manifests(kind, FULL)).values():
+    for template in pods(rendered(kind, FULL)).values():
         spec = template["spec"]
         assert spec["securityContext"] | {"runAsNonRoot": True, "runAsUser": 1000} == spec["securityContext"]
         assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -207,7 +207,7 @@ def test_nothing_runs_as_root_or_may_become_it(kind: str) -> None:
 
 
 def test_the_policy_lets_only_the_jobs_pods_in() -> None:
-    made = manifests("mpijob")
+    made = rendered("mpijob")
     policy = made["NetworkPolicy"]["spec"]
     mine = {"podSelector": {"matchLabels": {"horovod-jobs/job": "main"}}}
     assert policy["ingress"] == [{"from": [mine]}]
@@ -216,7 +216,7 @@ def test_the_policy_lets_only_the_jobs_pods_in() -> None:
     assert all(
         policy["podSelector"]["matchLabels"].items() <= pod["metadata"]["labels"].items() for pod in pods(made).values()
     )
-    assert "NetworkPolicy" not in manifests("mpijob", plain(network_policy=False))
+    assert "NetworkPolicy" not in rendered("mpijob", plain(network_policy=False))
 
 
 @pytest.mark.parametrize("kind", MODULES)
@@ -224,7 +224,7 @@ def test_only_named_variables_travel_and_secrets_stay_secret(kind: str) -> None:
     text = render(kind, plain(secret_env={"TOKEN": "tracker/token"}))
     assert "AWS_SECRET_ACCESS_KEY" not in text
     assert "MY_TOKEN" not in text
-    for template in pods(manifests(kind, plain(secret_env={"TOKEN": "tracker/token"}))).values():
+    for template in pods(rendered(kind, plain(secret_env={"TOKEN": "tracker/token"}))).values():
         (entry,) = [entry for entry in template["spec"]["containers"][0]["env"] if entry["name"] == "TOKEN"]
         assert entry["valueFrom"] == {"secretKeyRef": {"name": "tracker", "key": "token"}}
 
@@ -244,17 +244,17 @@ def test_trainer_refuses_four_variables_and_wants_one_name_of_containers() -> No
         trainjob.manifests(
             LaunchConfig(env=["OMPI_MCA_plm_rsh_args"]), job=job(), environ={"OMPI_MCA_plm_rsh_args": "x"}
         )
-    made = pods(manifests("trainjob", FULL))
+    made = pods(rendered("trainjob", FULL))
     assert [container["name"] for pod in made.values() for container in pod["spec"]["containers"]] == ["node", "node"]
     names = {
         entry["name"] for pod in made.values() for container in pod["spec"]["containers"] for entry in container["env"]
     }
-    assert not names & set(k8s_manifests.RESERVED)
+    assert not names & set(manifests.RESERVED)
 
 
 def test_runs_and_artifacts_are_where_the_job_writes_them() -> None:
     def mounts(run: dict[str, Any], config: KubernetesConfig) -> dict[str, str]:
-        (container,) = pods(manifests("mpijob", config, run=run))["worker"]["spec"]["containers"]
+        (container,) = pods(rendered("mpijob", config, run=run))["worker"]["spec"]["containers"]
         return {
             entry["name"]: entry["mountPath"]
             for entry in container["volumeMounts"]
@@ -274,9 +274,9 @@ def test_runs_and_artifacts_are_where_the_job_writes_them() -> None:
 
 
 def test_every_attempt_has_a_run_of_its_own_unless_one_is_named() -> None:
-    launcher = pods(manifests("mpijob"))["launcher"]["spec"]["containers"][0]
+    launcher = pods(rendered("mpijob"))["launcher"]["spec"]["containers"][0]
     assert launcher["args"][-1] == "run.id=$(HOROVOD_JOBS_POD)"
-    named = pods(manifests("mpijob", run={"root": "runs", "store": "artifacts", "id": "mine"}))["launcher"]["spec"][
+    named = pods(rendered("mpijob", run={"root": "runs", "store": "artifacts", "id": "mine"}))["launcher"]["spec"][
         "containers"
     ][0]
     assert not [word for word in named["args"] if word.startswith("run.id")]
@@ -327,7 +327,7 @@ def test_a_config_that_no_config_map_takes_is_said() -> None:
     [("2", 2.0), ("500m", 0.5), ("4Gi", 4 * 2**30), ("1.5G", 1.5e9), ("64Ki", 65536.0), ("3k", 3000.0)],
 )
 def test_quantities(text: str, number: float) -> None:
-    assert k8s_manifests.quantity(text, where="x") == number
+    assert manifests.quantity(text, where="x") == number
 
 
 # --- the whole way -----------------------------------------------------------------------------------------------------------
@@ -369,7 +369,7 @@ BASE = ROOT / "launch" / "kubernetes" / "base"
 def base_files() -> dict[str, str]:
     """The two generated files of the base: what ``launch=mpijob`` makes of the main job, but for the config, which the image has."""
     config = KubernetesConfig(name="main", runs_claim="runs", store_claim="artifacts", data_claim="data")
-    made = manifests("mpijob", config, np=2)
+    made = rendered("mpijob", config, np=2)
     spec = made["MPIJob"]["spec"]["mpiReplicaSpecs"]
     args = spec["Launcher"]["template"]["spec"]["containers"][0]["args"]
     spec["Launcher"]["template"]["spec"]["containers"][0]["args"] = [
@@ -383,7 +383,7 @@ def base_files() -> dict[str, str]:
     worker["containers"][0]["volumeMounts"] = [mount for mount in mounts if mount["name"] != "config"]
     note = "# Made from launch=mpijob by tests/unit/launch/test_kubernetes.py; HOROVOD_JOBS_WRITE_GOLDEN=1 writes it again.\n"
     return {
-        f"{name}.yaml": note + k8s_manifests.text([made[kind]], namespace=None)
+        f"{name}.yaml": note + manifests.text([made[kind]], namespace=None)
         for name, kind in (("mpijob", "MPIJob"), ("network_policy", "NetworkPolicy"))
     }
 

@@ -13,8 +13,10 @@ import pytest
 
 from horovod_jobs.config import LaunchConfig, SlurmConfig
 from horovod_jobs.errors import ConfigError, SetupError
-from horovod_jobs.launch import slurm, slurm_text, starting
+from horovod_jobs.launch import starting
 from horovod_jobs.launch.base import JobCommand
+from horovod_jobs.launch.slurm import plan as slurm
+from horovod_jobs.launch.slurm import script as slurm_text
 from tests.unit.launch.support_launch import ENVIRON, HOST, golden, job
 
 FULL = SlurmConfig(nodes=2, ntasks_per_node=4, cpus_per_task=6, gpus_per_task=1, mem="64G", time="4:00:00", partition="gpu",

@@ -14,10 +14,10 @@ from pathlib import Path
 from horovod_jobs.config import HostsConfig, LaunchConfig
 from horovod_jobs.errors import ConfigError, SetupError
 from horovod_jobs.launch.base import Host, JobCommand, LaunchPlan, environment
-from horovod_jobs.launch.checks import Checked, check
-from horovod_jobs.launch.hub import Station, run_stations
+from horovod_jobs.launch.hosts.checks import Checked, check
+from horovod_jobs.launch.hosts.hub import Station, run_stations
+from horovod_jobs.launch.hosts.judging import Wanted
 from horovod_jobs.launch.in_rank import DIRECTORY_VARIABLE
-from horovod_jobs.launch.judging import Wanted
 from horovod_jobs.launch.local import OUTLIVE_RANKS
 from horovod_jobs.launch.process import run_world
 

@@ -12,9 +12,9 @@ import yaml
 
 from horovod_jobs.config import KubernetesConfig
 from horovod_jobs.errors import ArtifactError, ConfigError, JobError
-from horovod_jobs.launch.k8s_client import JOB_KINDS, Cluster
-from horovod_jobs.launch.k8s_log import is_part, manifest_in
-from horovod_jobs.launch.k8s_manifests import JOB_LABEL, ROLE_LABEL, Manifest
+from horovod_jobs.launch.kubernetes.client import JOB_KINDS, Cluster
+from horovod_jobs.launch.kubernetes.log import is_part, manifest_in
+from horovod_jobs.launch.kubernetes.manifests import JOB_LABEL, ROLE_LABEL, Manifest
 
 _POLL_S = 2.0
 

@@ -13,8 +13,8 @@ import pytest
 from horovod_jobs import runs
 from horovod_jobs.config import KubernetesConfig, LaunchConfig
 from horovod_jobs.errors import ConfigError, SetupError
-from horovod_jobs.launch import k8s_jobs, mpijob, trainjob
-from horovod_jobs.launch.k8s_client import Cluster
+from horovod_jobs.launch.kubernetes import jobs, mpijob, trainjob
+from horovod_jobs.launch.kubernetes.client import Cluster
 from tests.unit.launch.support_cluster import FakeCluster, fake_cluster
 from tests.unit.launch.support_launch import ENVIRON, HOST, job
 from tests.unit.launch.test_entrypoint import entrypoint
@@ -215,10 +215,10 @@ def test_following_shows_every_attempt_and_gives_the_jobs_code(
                 "conditions": [{"type": "Failed", "status": "True", "message": "too often"}]
             }
 
-    assert k8s_jobs.follow(Cluster(), "demo", show=shown.append, sleep=later) == 9
+    assert jobs.follow(Cluster(), "demo", show=shown.append, sleep=later) == 9
     assert shown == ["the job demo is Created; waiting for its launcher", "first", "second"]
     cluster.objects["ml", "mpijobs", "demo"]["status"] = {"conditions": [{"type": "Succeeded", "status": "True"}]}
-    assert k8s_jobs.follow(Cluster(), "demo", show=shown.append, sleep=later) == 0
+    assert jobs.follow(Cluster(), "demo", show=shown.append, sleep=later) == 0
 
 
 def test_horovod_runs_stays_fast() -> None:

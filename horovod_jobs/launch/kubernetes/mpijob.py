@@ -7,9 +7,9 @@ from typing import Any
 
 from horovod_jobs.config import LaunchConfig
 from horovod_jobs.errors import ConfigError
-from horovod_jobs.launch import k8s_manifests as k8s
-from horovod_jobs.launch import k8s_pods as pods
 from horovod_jobs.launch.base import Host, JobCommand, LaunchPlan
+from horovod_jobs.launch.kubernetes import manifests as k8s
+from horovod_jobs.launch.kubernetes import pods
 
 FILE = "mpijob.yaml"
 
@@ -113,6 +113,6 @@ def plan_job(launch: LaunchConfig, *, job: JobCommand, host: Host, environ: Mapp
 
 def start(launch: LaunchConfig, planned: LaunchPlan) -> int:
     """Give the manifests to the cluster; with ``launch.kubernetes.follow`` stay until the job has ended."""
-    from horovod_jobs.launch.k8s_jobs import submit  # The kubernetes package is an extra.
+    from horovod_jobs.launch.kubernetes.jobs import submit  # The kubernetes package is an extra.
 
     return submit(launch.kubernetes, planned.files[FILE])

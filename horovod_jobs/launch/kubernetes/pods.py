@@ -12,8 +12,8 @@ from typing import Any
 
 from horovod_jobs.config import ElasticConfig, KubernetesConfig, LaunchConfig
 from horovod_jobs.errors import ConfigError
-from horovod_jobs.launch.hosts import TUNED_MPI
-from horovod_jobs.launch.k8s_manifests import JOB_LABEL, RESERVED, ROLE_LABEL, Manifest, quantity
+from horovod_jobs.launch.hosts.plan import TUNED_MPI
+from horovod_jobs.launch.kubernetes.manifests import JOB_LABEL, RESERVED, ROLE_LABEL, Manifest, quantity
 
 HOME = "/home/jobs"  # of the image's user; relative paths of a job are below it
 KEYS = f"{HOME}/.ssh"  # where the operator mounts the job's ssh keys

@@ -30,6 +30,6 @@ def add_cluster_commands(add_parser: Callable[..., argparse.ArgumentParser], *, 
 
 
 def _run(command: str, table: Callable[..., None], arguments: argparse.Namespace) -> None:
-    from horovod_jobs.launch.k8s_commands import run
+    from horovod_jobs.launch.kubernetes.commands import run
 
     run(command, arguments, table=table)

@@ -19,8 +19,8 @@ from types import FrameType
 from typing import Any
 
 from horovod_jobs.errors import SetupError, WorldError
-from horovod_jobs.launch import station
-from horovod_jobs.launch.checks import BOOTSTRAP
+from horovod_jobs.launch.hosts import station
+from horovod_jobs.launch.hosts.checks import BOOTSTRAP
 
 _OTHERS_S = 3.0  # after a rank has failed: time for the others to end by themselves
 _INSIST_S = 5.0  # between SIGTERM and SIGKILL

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from horovod_jobs.errors import SetupError
-from horovod_jobs.launch import probe
-from horovod_jobs.launch.judging import (
+from horovod_jobs.launch.hosts import probe
+from horovod_jobs.launch.hosts.judging import (
     COLUMNS,
     PACKAGE,
     PACKAGES,

@@ -12,7 +12,7 @@ from horovod_jobs.config import LaunchConfig
 from horovod_jobs.console import TERMINAL_VARIABLE
 from horovod_jobs.errors import ConfigError, SetupError
 from horovod_jobs.launch.base import Host, JobCommand
-from horovod_jobs.launch.hosts import TUNED_MPI
+from horovod_jobs.launch.hosts.plan import TUNED_MPI
 from horovod_jobs.launch.in_rank import COMMAND_VARIABLE
 from horovod_jobs.launch.local import OUTLIVE_RANKS
 

@@ -1,6 +1,6 @@
 """A namespace of a cluster, as far as jobs need it: make objects, patch and delete them, read pods and logs.
 
-The thin half of ``launch=mpijob`` and ``launch=trainjob``: everything that is decided is decided in ``k8s_manifests`` and ``k8s_pods``.
+The thin half of ``launch=mpijob`` and ``launch=trainjob``: everything that is decided is decided in ``manifests`` and ``pods``.
 It uses the ``kubernetes`` package, an extra, with the same configuration as kubectl.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from horovod_jobs.errors import ConfigError, JobError, SetupError
-from horovod_jobs.launch.k8s_manifests import Manifest
+from horovod_jobs.launch.kubernetes.manifests import Manifest
 
 REQUEST_S = 30.0  # for an answer of the cluster; a log that is followed may be silent for any time
 _MERGE = "application/merge-patch+json"

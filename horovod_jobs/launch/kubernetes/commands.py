@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from horovod_jobs.errors import ConfigError
-from horovod_jobs.launch import k8s_jobs
-from horovod_jobs.launch.k8s_client import Cluster
+from horovod_jobs.launch.kubernetes import jobs
+from horovod_jobs.launch.kubernetes.client import Cluster
 from horovod_jobs.storage import write_text
 
 Table = Callable[..., None]  # columns and rows to a terminal; ``right``: columns of numbers
@@ -31,8 +31,8 @@ def run(command: str, arguments: argparse.Namespace, *, table: Table) -> None:
 
 def _pods(cluster: Cluster, arguments: argparse.Namespace, table: Table) -> None:
     job = cluster.job(arguments.job)
-    word, message = k8s_jobs.state(job)
-    found = k8s_jobs.pods_of(cluster, arguments.job)
+    word, message = jobs.state(job)
+    found = jobs.pods_of(cluster, arguments.job)
     if arguments.json:
         rows: list[dict[str, Any]] = [vars(pod) for pod in found]
         print(
@@ -57,14 +57,14 @@ def _logs(cluster: Cluster, arguments: argparse.Namespace, table: Table) -> None
     if arguments.pod is not None:
         lines = cluster.log(arguments.pod, follow=arguments.follow)
     else:
-        pod = k8s_jobs.launcher(cluster, arguments.job)
-        lines = k8s_jobs.log_lines(cluster, pod.name, following=arguments.follow)
+        pod = jobs.launcher(cluster, arguments.job)
+        lines = jobs.log_lines(cluster, pod.name, following=arguments.follow)
     for line in lines:
         print(line, flush=True)
 
 
 def _fetch(cluster: Cluster, arguments: argparse.Namespace, table: Table) -> None:
-    manifest = k8s_jobs.fetch(cluster, arguments.job)
+    manifest = jobs.fetch(cluster, arguments.job)
     text = json.dumps(manifest, indent=1, ensure_ascii=False)
     if arguments.json:
         print(text)
@@ -80,7 +80,7 @@ def _fetch(cluster: Cluster, arguments: argparse.Namespace, table: Table) -> Non
 
 def _suspend(cluster: Cluster, arguments: argparse.Namespace, table: Table) -> None:
     suspended = arguments.suspended
-    kind = k8s_jobs.set_suspended(cluster, arguments.job, suspended=suspended)
+    kind = jobs.set_suspended(cluster, arguments.job, suspended=suspended)
     if arguments.json:
         print(json.dumps({"job": arguments.job, "kind": kind, "suspended": suspended}))
     elif suspended:

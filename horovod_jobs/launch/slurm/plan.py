@@ -14,7 +14,7 @@ from pathlib import Path
 from horovod_jobs.config import LaunchConfig
 from horovod_jobs.errors import SetupError
 from horovod_jobs.launch.base import Host, JobCommand, LaunchPlan, environment
-from horovod_jobs.launch.slurm_text import batch_text, check_config, job_name
+from horovod_jobs.launch.slurm.script import batch_text, check_config, job_name
 from horovod_jobs.storage import storage_errors
 
 _FINISHED = (

@@ -1,0 +1,1 @@
+"""``launch=slurm``: a batch job. ``plan`` submits it, ``script`` writes its text."""

@@ -19,6 +19,9 @@ from horovod_jobs.launch.base import LaunchPlan
 from horovod_jobs.launch.in_rank import DIRECTORY_VARIABLE
 
 _AGREED = (75, 130)  # Interrupted and InterruptedByUser: the ranks stopped in order.
+# mpirun keeps its files in a directory named by its process id. One that was killed leaves them behind, and the next one with that id,
+# which is soon in a container, ends with "listener thread failed to start". Open MPI 5 and 4 have these names for another place.
+_SESSION_VARIABLES = ("PRTE_MCA_prte_local_tmpdir_base", "OMPI_MCA_orte_local_tmpdir_base")
 
 
 def run_world(
@@ -36,10 +39,16 @@ def run_world(
     there is no such place: the launcher's own code is then the job's.
     """
     with ExitStack() as stack:
-        place = directory or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="horovod-jobs-")))
+        # Ranks that are still dying may write into it.
+        own = stack.enter_context(tempfile.TemporaryDirectory(prefix="horovod-jobs-", ignore_cleanup_errors=True))
+        place = directory or Path(own)
         process = subprocess.Popen(
             planned.argv,
-            env={**planned.env, **({DIRECTORY_VARIABLE: str(place)} if recorded else {})},
+            env={
+                **dict.fromkeys(_SESSION_VARIABLES, own),
+                **planned.env,
+                **({DIRECTORY_VARIABLE: str(place)} if recorded else {}),
+            },
             start_new_session=True,
             preexec_fn=_die_with_parent,
         )

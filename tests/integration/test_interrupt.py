@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -94,6 +95,7 @@ def kill_launcher(running: Running) -> None:
 def kill_mpirun(running: Running) -> None:
     children = Path(f"/proc/{running.process.pid}/task/{running.process.pid}/children").read_text().split()
     os.kill(int(children[0]), signal.SIGKILL)
+    assert not Path(tempfile.gettempdir(), f"ompi.{children[0]}").exists(), "a later mpirun with this id would fail"
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,19 @@ def test_the_exit_code_is_the_jobs(script: str, code: int) -> None:
     assert run_world(world_of(script), grace_s=1.0) == code
 
 
+def test_what_mpirun_keeps_is_removed_even_if_it_was_killed(tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    script = (
+        "import os, pathlib\n"
+        "base = pathlib.Path(os.environ['PRTE_MCA_prte_local_tmpdir_base'])\n"
+        "(base / f'ompi.{os.getpid()}').mkdir()\n"
+        f"pathlib.Path({str(place)!r}).write_text(str(base))\n"
+        "os.kill(os.getpid(), 9)"
+    )
+    assert run_world(world_of(script), grace_s=1.0) == 137
+    assert not Path(place.read_text()).exists()
+
+
 RANK = """
 import os, signal, sys, time, pathlib
 from horovod_jobs.launch import in_rank

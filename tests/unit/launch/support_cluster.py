@@ -110,9 +110,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         elif self.command == "PATCH":
             merge(known[key], body)
-        self._answer(201 if self.command == "POST" else 200, known[key])
-        if self.command == "DELETE":
-            del known[key]
+        held = known.pop(key) if self.command == "DELETE" else known[key]
+        self._answer(201 if self.command == "POST" else 200, held)
 
     def _pods(self, rest: list[str], query: dict[str, list[str]]) -> None:
         if rest:

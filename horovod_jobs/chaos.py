@@ -20,10 +20,10 @@ from typing import Any
 from horovod_jobs.comm.world import World
 from horovod_jobs.console import Doing
 from horovod_jobs.errors import ConfigError
-from horovod_jobs.storage import storage_errors
+from horovod_jobs.storage import pretend_full, storage_errors
 
 LOG = "chaos.jsonl"
-FAULTS = ("kill", "stop", "term", "hang", "exception")
+FAULTS = ("kill", "stop", "term", "hang", "exception", "disk")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class Chaos:
 
     Args:
         faults: of ``kill`` (SIGKILL), ``stop`` (SIGSTOP: the watchdog ends the job), ``term`` (SIGTERM: exit code 75), ``hang`` (a rank
-            that works and never comes) and ``exception``; one is drawn each time.
+            that works and never comes), ``exception`` and ``disk`` (no rank finds space to write in from there on: exit code 6); one
+            is drawn each time.
         times: faults in all; then the job runs undisturbed.
         every_steps: mean number of steps from a start of the job to the next fault.
         seed: decides faults, ranks and moments.
@@ -107,10 +108,15 @@ class Striker:
         if self._strike is None or doing[0] is None:
             return
         self._steps += 1
-        if self._strike.rank != self._world.rank or not self._strike.due(doing, steps=self._steps):
+        strike, chosen = self._strike, self._strike.rank == self._world.rank
+        if not (chosen or strike.fault == "disk") or not strike.due(doing, steps=self._steps):
             return
-        strike, self._strike = self._strike, None
-        self._tell(strike, doing)
+        self._strike = None
+        if chosen:
+            self._tell(strike, doing)
+        if strike.fault == "disk":
+            pretend_full()
+            return
         if strike.fault == "exception":
             raise RuntimeError(f"chaos: fault {self._number} strikes rank {self._world.rank}")
         if strike.fault == "hang":

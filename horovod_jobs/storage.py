@@ -27,6 +27,15 @@ _REMEDY = {
 }
 
 
+_full = False
+
+
+def pretend_full() -> None:
+    """From here on this process finds no space to write in; for faults on purpose (``chaos``)."""
+    global _full
+    _full = True
+
+
 @contextmanager
 def storage_errors(what: str, path: Path) -> Iterator[None]:
     """Turn an ``OSError`` of the body into one line that names the path and the remedy.
@@ -35,6 +44,8 @@ def storage_errors(what: str, path: Path) -> Iterator[None]:
         StorageError: the body failed for want of space, permission or a usable path.
     """
     try:
+        if _full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         yield
     except OSError as error:
         remedy = _REMEDY.get(error.errno or 0, "check the path and try again")

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from horovod_jobs import storage
 from horovod_jobs.chaos import Chaos, Strike, Striker, strikes
 from horovod_jobs.comm.world import SingleWorld
-from horovod_jobs.errors import ConfigError
+from horovod_jobs.errors import ConfigError, StorageError
 
 
 def test_a_seed_decides_everything() -> None:
@@ -75,3 +76,16 @@ def test_a_schedule_strikes_one_by_one_over_starts(tmp_path: Path, monkeypatch: 
         (0, "kill", "teacher", 3),
         (1, "exception", "teacher", 5),
     ]
+
+
+def test_a_full_disk_strikes_every_rank_and_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "_full", False)
+    fault = {"fault": "disk", "rank": 1, "step": 2}
+    striker = Striker(Chaos(schedule=[fault]), SingleWorld(), root=tmp_path)  # This is rank 0.
+    striker(("teacher", 1, 10, ""))
+    storage.write_text(tmp_path / "before", "there is room")
+    striker(("teacher", 2, 10, ""))
+    with pytest.raises(StorageError, match=r"cannot write .*after \(No space left on device\); free some space"):
+        storage.write_text(tmp_path / "after", "there is none")
+    assert strikes(tmp_path / "chaos.jsonl") == [], "the rank that is named tells of it"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["before"]

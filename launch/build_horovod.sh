@@ -93,7 +93,7 @@ else
 fi
 
 # GPU: everything that a build against a CUDA torch needs comes from the package index, at the version that torch itself brought.
-# The recipe was compiled, linked and imported on a machine without a GPU; this function itself has not been run on a GPU machine.
+# Compiled, linked and imported on a machine without a GPU; not yet run on one.
 prepare_cuda() {
   local cuda=$1 site toolkit home
   export HOROVOD_GPU=${HOROVOD_GPU:-CUDA}

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from horovod_jobs.comm.connect import rank_hint
 from horovod_jobs.comm.world import World
 from horovod_jobs.errors import Interrupted, InterruptedByUser
 
@@ -28,10 +27,10 @@ class StopRequest:
             if self.code == 2:
                 raise KeyboardInterrupt
             self.code = 2
-            if rank_hint() == 0:
-                # Not through sys.stderr: the signal may have come in the middle of a write to it, which allows no second one.
-                with contextlib.suppress(OSError):
-                    os.write(2, b"\nStopping after this step, with a checkpoint. Press Ctrl-C again to stop at once.\n")
+            # By every rank, for one that waits in a collective does not come to this. And not through sys.stderr: the signal may
+            # have come in the middle of a write to it, which allows no second one.
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nStopping after this step, with a checkpoint. Press Ctrl-C again to stop at once.\n")
         elif number == signal.SIGUSR2:
             self.code = 2
         elif self.code == 0:

@@ -43,6 +43,17 @@ class _Pending:
         return hvd.synchronize(self._handle).to(self._like.device, self._like.dtype).reshape(self._shape)
 
 
+class _Direct:
+    """A sum by MPI itself under way."""
+
+    def __init__(self, request: Any, total: Tensor, like: Tensor, *, name: str) -> None:
+        self._request, self._total, self._like, self.name = request, total, like, name
+
+    def wait(self) -> Tensor:
+        self._request.Wait()
+        return self._total.to(self._like.device)
+
+
 def _direct_channel(controller: str, roles: Roles | None) -> Any:
     """An MPI communicator for small blocking reductions, or None.
 
@@ -82,6 +93,14 @@ class HorovodWorld(World):
     def allreduce_async(self, tensor: Tensor, *, name: str, op: str = "sum") -> Handle:
         handle = hvd.allreduce_async(_wire(tensor), name=name, op=_OPS[op], process_set=self._set)
         return _Pending(handle, tensor, tuple(tensor.shape), name=name)
+
+    def sum_in_order_async(self, tensor: Tensor, *, name: str) -> Handle:
+        if self._direct is None or tensor.dtype not in _DIRECT_DTYPES or tensor.nbytes > self._DIRECT_BYTES:
+            return super().sum_in_order_async(tensor, name=name)
+        from mpi4py import MPI
+
+        total = tensor.detach().to("cpu", copy=True).contiguous()
+        return _Direct(self._direct.Iallreduce(MPI.IN_PLACE, total.numpy(), op=MPI.SUM), total, tensor, name=name)
 
     def allgather_async(self, tensor: Tensor, *, name: str) -> Handle:
         handle = hvd.allgather_async(_wire(tensor), name=name, process_set=self._set)

@@ -175,6 +175,13 @@ class World(ABC):
         """Collective. The sum, average, minimum or maximum over ranks, as a new tensor."""
         return self.allreduce_async(tensor, name=name, op=op).wait()
 
+    def sum_in_order_async(self, tensor: Tensor, *, name: str) -> Handle:
+        """Collective. Start a small sum; every rank starts these and its blocking reductions in the same order, which gradients need not.
+
+        That order lets MPI do it at once, where Horovod would take its turn in the next cycle.
+        """
+        return self.allreduce_async(tensor, name=name)
+
     def gather_json(self, value: Any, *, name: str) -> list[Any]:
         """Collective. Every rank's JSON value, in the order of ranks."""
         import json

@@ -87,7 +87,7 @@ class Updater(ABC):
 
         The first four are counts of ranks: whose loss is not finite, that were asked to stop, that got Ctrl-C, that want a checkpoint.
         """
-        return self.world.allreduce_async(values, name="fit.control")
+        return self.world.sum_in_order_async(values, name="fit.control")
 
     @abstractmethod
     def synchronize(self) -> None:

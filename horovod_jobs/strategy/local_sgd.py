@@ -172,7 +172,7 @@ class LocalSgdUpdater(Updater):
         flags, own = values[:_FLAGS], values[_FLAGS:]
         if not self._ends_period:
             return _Agreed(None, flags, own)
-        return _Agreed(self.world.allreduce_async(flags.contiguous(), name="fit.control"), flags, own)
+        return _Agreed(self.world.sum_in_order_async(flags.contiguous(), name="fit.control"), flags, own)
 
     def synchronize(self) -> None:
         """Collective before ``start``. Afterwards ``.grad`` is the sum over ranks; later, ranks times what this rank adds to it.

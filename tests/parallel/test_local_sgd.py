@@ -176,11 +176,13 @@ def test_between_boundaries_the_world_is_silent(
     world: World, shared_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names: list[str] = []
-    real = {name: getattr(type(world), name) for name in ("allreduce_async", "allreduce", "gather_bytes", "broadcast")}
+    methods = ("allreduce_async", "allreduce", "sum_in_order_async", "gather_bytes", "broadcast")
+    real = {name: getattr(type(world), name) for name in methods}
     for method, original in real.items():
 
         def call(self: Any, *args: Any, name: str, _original: Any = original, **rest: Any) -> Any:
-            names.append(name)
+            if names[-1:] != [name]:  # One method may be made of another.
+                names.append(name)
             return _original(self, *args, name=name, **rest)
 
         monkeypatch.setattr(type(world), method, call)

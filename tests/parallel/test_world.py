@@ -20,6 +20,20 @@ def test_allreduce_sums_over_ranks(world: World, dtype: torch.dtype, shape: tupl
     assert torch.equal(mine, torch.full(shape, world.rank + 1).to(dtype)), "the argument is left as it was"
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_small_sums_under_way_beside_others(world: World, dtype: torch.dtype) -> None:
+    mine = torch.arange(5).to(dtype) + world.rank
+    small = [world.sum_in_order_async(mine * times, name=f"test.order.{times}") for times in (1, 2, 3)]
+    large = world.allreduce_async(torch.full((70000,), 1.0), name="test.order.large")
+    at_once = world.allreduce(mine, name="test.order.at_once")
+    assert torch.equal(large.wait(), torch.full((70000,), float(world.size)))
+    wanted = torch.arange(5) * world.size + world.size * (world.size - 1) // 2
+    assert torch.equal(at_once, wanted.to(dtype))
+    for times, handle in reversed(list(zip((1, 2, 3), small, strict=True))):  # Taken back in any order.
+        assert torch.equal(handle.wait(), (times * wanted).to(dtype))
+    assert torch.equal(mine, torch.arange(5).to(dtype) + world.rank), "the argument is left as it was"
+
+
 @pytest.mark.parametrize(
     ("op", "wanted"), [("min", lambda n: 0.0), ("max", lambda n: n - 1.0), ("average", lambda n: (n - 1) / 2)]
 )

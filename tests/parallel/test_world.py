@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
@@ -88,3 +90,14 @@ def test_a_bug_on_one_rank_stops_the_others_with_its_rank(world: World) -> None:
     if world.rank != last:
         assert f"rank {last} failed" in str(caught.value)
         assert "ZeroDivisionError" in str(caught.value)
+
+
+def test_who_waits_leaves_its_core_to_others(world: World) -> None:
+    """What rank 0 does alone (latency, an export) has the machine: the build of launch/build_horovod.sh lets waiting threads sleep."""
+    world.barrier(name="test.asleep.before")
+    spent, last = time.thread_time(), world.rank == world.size - 1
+    if last:
+        time.sleep(2)
+    world.allreduce_async(torch.ones(100000), name="test.asleep").wait()
+    share = (time.thread_time() - spent) / 2
+    assert share < 0.2, f"rank {world.rank} was busy for {share:.0%} of two seconds"

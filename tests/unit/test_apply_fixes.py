@@ -77,4 +77,4 @@ def test_the_fixes_fit_the_real_source(tmp_path: Path) -> None:
     fixes = LAUNCH / "horovod-0.28.1.fixes"
     done = apply(sys.executable, LAUNCH / "apply_fixes.py", fixes, tmp_path / "horovod-0.28.1")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("why:") == 4
+    assert done.stdout.count("why:") == fixes.read_text(encoding="utf-8").count("\nreason = ")

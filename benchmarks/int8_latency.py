@@ -1,16 +1,12 @@
 """Static int8 against fp32 torch, bf16 torch and fp32 onnxruntime: latency of one trained model on real pictures.
 
-    python benchmarks/int8_latency.py [MODEL ...] [--threads 1] [--batches 1,64] [--rounds 30] [--json FILE]
-
-MODEL is a torch model artifact or RUN:STAGE (default: teacher and student of runs/latest). Every round times each
-contender once, in the same order (A B C D A B C D ...), so what else the machine does meets all of them alike; figures
-are medians over rounds, ratios are medians of the rounds' own ratios.
+Every round times each contender once, in the same order (A B C D A B C D ...), so that what else the machine does meets all of them
+alike; figures are medians over rounds, ratios are medians of the rounds' own ratios.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import contextlib
 import os
 import statistics
 import sys
@@ -22,6 +18,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.common import conclude, note, paired, parser, table
 from horovod_jobs.bundle import read_config, resolve
 from horovod_jobs.comm.world import SingleWorld
 from horovod_jobs.data.fashion_mnist import fashion_mnist
@@ -32,7 +29,6 @@ from horovod_jobs.predict import load_module, open_session
 from horovod_jobs.quantization.base import Calibration
 from horovod_jobs.quantization.calibration import calibration_batches, calibration_indices
 from horovod_jobs.quantization.quantizer import StaticInt8
-from horovod_jobs.versions import versions
 
 OURS, BASELINE = "static int8 (ours)", "fp32 torch"
 ROUND_S = 0.05  # Calls a contender makes in one round last about so long.
@@ -97,66 +93,85 @@ def race(calls: dict[str, Call], inputs: torch.Tensor, *, rounds: int) -> dict[s
     return times
 
 
-def summarise(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    return {
-        name: {
-            "ms": statistics.median(own),
-            "speed_up": statistics.median(base / mine for base, mine in zip(times[BASELINE], own, strict=True)),
-        }
-        for name, own in times.items()
-    }
+def summarise(times: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
+    return {name: {"ms": own, "faster": paired(times[BASELINE], own)} for name, own in times.items()}
 
 
-def table(result: dict[str, Any], batches: list[int]) -> str:
-    head = ["", "accuracy", *(f"batch {batch}: ms (times {BASELINE})" for batch in batches)]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+def models_table(result: dict[str, Any], batches: list[int]) -> str:
+    head = ["", "accuracy"]
+    for batch in batches:
+        head += [f"batch {batch}, ms", f"{BASELINE} / this"]
+    rows = []
     for name, share in result["accuracy"].items():
-        cells = [result["batches"][str(batch)][name] for batch in batches]
-        shown = [f"{cell['ms']:.3f} ({cell['speed_up']:.2f})" for cell in cells]
-        lines.append("| " + " | ".join([name, f"{share:.2%}", *shown]) + " |")
+        row = [name, f"{100 * share:.2f} %"]
+        for batch in batches:
+            found = result["batches"][str(batch)][name]
+            row += [f"{statistics.median(found['ms']):.3f}", str(found["faster"])]
+        rows.append(row)
     sizes = ", ".join(f"{name} {size:,} bytes" for name, size in result["bytes"].items())
-    return f"**{result['model']}**, {result['parameters']:,} parameters, {sizes}\n\n" + "\n".join(lines)
+    return f"**{result['model']}**, {result['parameters']:,} parameters, {sizes}\n\n{table(head, rows)}"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", default=["runs/latest:teacher", "runs/latest:student"])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--batches", default="1,64")
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--json", help="also write the figures to this file")
-    arguments = parser.parse_args()
+def fitting(data: Any) -> list[str]:
+    """The torch models of the newest run that were trained on these pictures.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    for run in sorted(Path("runs").glob("*/manifest.json"), key=lambda path: path.stat().st_mtime, reverse=True):
+        found = []
+        for name in ("teacher", "student", "model"):
+            with contextlib.suppress(JobError):
+                config = read_config(f"{run.parent}:{name}")
+                if config.input_shape == tuple(data.input_shape) and config.class_names == tuple(data.class_names):
+                    found.append(f"{run.parent}:{name}")
+        if found:
+            return found
+    raise ConfigError(
+        "no run in runs/ has a model of Fashion-MNIST; run the main job first (make run), or name a model"
+    )
+
+
+def main() -> None:
+    """Measure and print."""
+    made = parser(__doc__ or "")
+    made.add_argument(
+        "models", nargs="*", help="a torch model's artifact or RUN:STAGE; those of the newest fitting run without it"
+    )
+    made.add_argument("--threads", type=int, default=1)
+    made.add_argument("--batches", default="1,64")
+    args = made.parse_args()
     if os.environ.get("MALLOC_MMAP_MAX_") != "0":
         # The allocator reads it when a process starts: without it page faults are timed.
-        environment = child_environment(os.environ, threads=arguments.threads)
-        os.execve(sys.executable, [sys.executable, *sys.argv], environment)
-    torch.set_num_threads(arguments.threads)
-    batches = [int(batch) for batch in arguments.batches.split(",")]
+        command = [sys.executable, "-m", "benchmarks.int8_latency", *sys.argv[1:]]
+        os.execve(sys.executable, command, child_environment(os.environ, threads=args.threads))
+    torch.set_num_threads(args.threads)
+    batches, rounds = [int(batch) for batch in args.batches.split(",")], 3 if args.quick else 30
     data = fashion_mnist()
     results = []
-    for path in arguments.models:
+    for path in args.models or fitting(data):
+        note(path)
         with tempfile.TemporaryDirectory() as directory, torch.inference_mode():
             with torch.inference_mode(False):
-                calls, result = contenders(path, data=data, directory=Path(directory), threads=arguments.threads)
+                calls, result = contenders(path, data=data, directory=Path(directory), threads=args.threads)
             result["accuracy"] = {
                 name: accuracy(call, data, half=name.startswith("bf16")) for name, call in calls.items()
             }
             result["batches"] = {
-                str(batch): summarise(race(calls, data.test.fetch(torch.arange(batch)).inputs, rounds=arguments.rounds))
+                str(batch): summarise(race(calls, data.test.fetch(torch.arange(batch)).inputs, rounds=rounds))
                 for batch in batches
             }
         results.append(result)
-        print(table(result, batches), end="\n\n", flush=True)
-    figures = {"threads": arguments.threads, "rounds": arguments.rounds, "versions": versions(), "models": results}
-    print(json.dumps(figures))
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    return 0
+    text = "\n\n".join(models_table(result, batches) for result in results) + (
+        f"\n\nMedian of {rounds} rounds, {args.threads} thread(s). `{BASELINE} / this` is above 1 where a contender is faster than torch; "
+        "what int8 itself brings is the difference from fp32 onnxruntime."
+    )
+    conclude("Latency of int8", text, figures={"models": results}, args=args)
 
 
 if __name__ == "__main__":
     try:
-        raise SystemExit(main())
+        main()
     except JobError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from error

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from horovod_jobs.artifacts import INDEX, Artifact, open_artifact
-from horovod_jobs.errors import ArtifactError
+from horovod_jobs.errors import ArtifactError, ConfigError
 
 WEIGHTS = "model.safetensors"
 ONNX_FILE = "model.onnx"
 CONFIG = "config.json"
+RUNTIMES = {"torch": "torch", "onnx": "onnxruntime"}  # what runs a model of each format
 INPUT_DTYPES = ("float32", "int64", "int32", "int16", "int8", "uint8", "bool")
 
 
@@ -40,6 +41,24 @@ class ModelConfig:
     def file(self) -> Path:
         """The file with the weights."""
         return self.directory / (WEIGHTS if self.format == "torch" else ONNX_FILE)
+
+    def in_format(self, form: str | None) -> ModelConfig:
+        """The same model from the file of another format that lies beside it; None: as it is.
+
+        Raises:
+            ConfigError: an unknown format.
+            ArtifactError: there is no such file here.
+        """
+        if form is None:
+            return self
+        if form not in RUNTIMES:
+            raise ConfigError(f"format={form} is not known; use one of {', '.join(RUNTIMES)}, or null")
+        other = replace(self, format=form)
+        if not other.file.is_file():
+            raise ArtifactError(
+                f"{self.directory} has no {other.file.name}, which format={form} needs; give an export made with onnx=true"
+            )
+        return other
 
 
 def read_config(path: str | Path | Artifact, *, verify: bool = True) -> ModelConfig:

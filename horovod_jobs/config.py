@@ -124,12 +124,13 @@ class QuantizeStage(StageConfig):
 class EvaluateStage(StageConfig):
     """Measure any model artifact: quality, latency, size, memory."""
 
-    INPUTS: ClassVar[dict[str, tuple[str, ...]]] = {"model": ("model", "quantized")}
+    INPUTS: ClassVar[dict[str, tuple[str, ...]]] = {"model": ("model", "quantized", "export")}
     OUTPUT: ClassVar[str] = "evaluation"
 
     kind: str = "evaluate"
     task: Any = "${task}"
     split: str = "test"  # test, validation or train
+    format: str | None = None  # torch or onnx, where an export holds both; null: the model's own
     batch: int = 250
     latency_batches: list[int] = field(default_factory=lambda: [1, 64])
     latency_runs: int = 50

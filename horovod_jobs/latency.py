@@ -81,7 +81,11 @@ def measure(
 
 def child_environment(environment: Mapping[str, str], *, threads: int) -> dict[str, str]:
     """The environment of the measuring process: of no world, with an allocator that keeps its memory."""
-    kept = {key: value for key, value in environment.items() if not key.startswith(_LAUNCHER_PREFIXES)}
+    kept = {
+        key: value
+        for key, value in environment.items()
+        if key.startswith("HOROVOD_JOBS_") or not key.startswith(_LAUNCHER_PREFIXES)
+    }
     kept.update(
         OMP_NUM_THREADS=str(threads),
         MKL_NUM_THREADS=str(threads),

@@ -155,9 +155,9 @@ def load(
     return _load(read_config(path), threads=threads, device=device, allow_targets=allow_targets)
 
 
-def load_artifact(artifact: Artifact, *, allow_targets: Sequence[str] = ()) -> Predictor:
-    """The predictor of an artifact that has been opened, and so checked, already. Raises: see ``load``."""
-    return _load(read_config(artifact), threads=None, device="cpu", allow_targets=allow_targets)
+def load_config(config: ModelConfig, *, allow_targets: Sequence[str] = ()) -> Predictor:
+    """The predictor of a model whose config has been read, on the CPU. Raises: see ``load``."""
+    return _load(config, threads=None, device="cpu", allow_targets=allow_targets)
 
 
 def _load(config: ModelConfig, *, threads: int | None, device: str, allow_targets: Sequence[str]) -> Predictor:

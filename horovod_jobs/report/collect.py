@@ -10,11 +10,10 @@ from typing import Any
 
 from horovod_jobs import manifest as manifests
 from horovod_jobs.artifacts import Artifact, open_artifact
+from horovod_jobs.bundle import ONNX_FILE, WEIGHTS
 from horovod_jobs.errors import ArtifactError
 from horovod_jobs.manifest import Manifest, StageEntry
 from horovod_jobs.report.weights import weights_bytes
-
-WEIGHT_FILES = ("model.onnx", "model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -221,14 +220,16 @@ def _row(label: str | None, view: StageView, finder: _Finder) -> ModelRow | None
     cost: Mapping[str, Any] = entry or meta.get("footprint") or {}
     details = view.meta.get("details") or {}
     confusion = details.get("confusion") or []
-    file = next((name for name in WEIGHT_FILES if made and name in made.files), None)
+    form = str(details.get("format") or ("onnx" if given.get("kind") == "quantized" else "torch"))
+    file = {"torch": WEIGHTS, "onnx": ONNX_FILE}.get(form)
+    file = file if made and file in made.files else None
     file_bytes = made.files[file]["bytes"] if made and file else view.entry["model_bytes"]
     stage = str(meta.get("stage") or given.get("stage"))
     return ModelRow(
         label=label or stage,
         stage=entry["name"] if entry else stage,
         kind=str(entry["kind"] if entry else meta.get("stage_kind", given.get("kind", ""))),
-        format="onnx" if given.get("kind") == "quantized" or file == "model.onnx" else "torch",
+        format=form,
         split=str((view.meta.get("config") or {}).get("split", details.get("split", "test"))),
         samples=sum(map(sum, confusion)) or details.get("count") or details.get("samples"),
         metrics=view.entry["metrics"] or {},

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Sequence
 
 from horovod_jobs import formats
+from horovod_jobs.bundle import RUNTIMES
 from horovod_jobs.report.collect import ModelRow, ReportData, StageView
 from horovod_jobs.report.measures import measure
 
@@ -67,14 +68,25 @@ def _model_sentences(data: ReportData) -> list[str]:
     ]
     said = [ratio for ratio in ratios if ratio]
     sentences = [first + (f", with {' and '.join(said)}" if said else "") + _worst(final) + "."]
-    batch = next((b for b in final.latency_ms if b in reference.latency_ms), None)
-    if batch is not None:
-        new, old = final.latency_ms[batch]["p50"], reference.latency_ms[batch]["p50"]
-        sentences.append(
-            f"At batch {batch} its median latency is {formats.milliseconds(new)} ms; "
-            f"the {_named(reference)}'s is {formats.milliseconds(old)} ms."
-        )
-    return sentences
+    return [*sentences, _latency_sentence(final, _like(final, data.models) or reference)]
+
+
+def _like(final: ModelRow, models: Sequence[ModelRow]) -> ModelRow | None:
+    """The other model of the same size in the same runtime: what its latency differs by is not the runtime's doing."""
+    same = [row for row in models if (row.format, row.parameters) == (final.format, final.parameters)]
+    return next((row for row in reversed(same) if row is not final), None)
+
+
+def _latency_sentence(final: ModelRow, other: ModelRow) -> str:
+    batch = next((b for b in final.latency_ms if b in other.latency_ms), None)
+    if batch is None:
+        return ""
+    new, old = final.latency_ms[batch]["p50"], other.latency_ms[batch]["p50"]
+    ours, theirs = (RUNTIMES.get(row.format, row.format) for row in (final, other))
+    return (
+        f"At batch {batch} its median latency is {formats.milliseconds(new)} ms in {ours}; the {_named(other)}'s is "
+        f"{formats.milliseconds(old)} ms {'there' if ours == theirs else f'in {theirs}'}."
+    )
 
 
 def _worst(row: ModelRow) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from horovod_jobs.bundle import ModelConfig
+from horovod_jobs.bundle import ModelConfig, read_config
 from horovod_jobs.config import EvaluateStage
 from horovod_jobs.errors import ConfigError
 from horovod_jobs.evaluation import evaluate
 from horovod_jobs.latency import measure
-from horovod_jobs.predict import Predictor, load_artifact
+from horovod_jobs.predict import Predictor, load_config
 from horovod_jobs.stages.base import StageContext, StageResult
 from horovod_jobs.storage import write_json
 
@@ -24,7 +24,8 @@ def run(ctx: StageContext, cfg: EvaluateStage) -> StageResult:
         if cfg.batch < 1:
             raise ConfigError(f"stages.{ctx.name}.batch={cfg.batch} is not a positive number; use at least 1")
         split = choose_split(ctx, cfg.split)
-        predictor = load_artifact(artifact, allow_targets=ctx.allow_targets)
+        config = read_config(artifact).in_format(cfg.format)
+        predictor = load_config(config, allow_targets=ctx.allow_targets)
         check_classes(ctx, predictor)
     sums = evaluate(predictor, split, ctx.task, world=ctx.world, batch=cfg.batch, name=f"{ctx.name}.{cfg.split}")
     figures = ctx.task.summary(sums)
@@ -34,7 +35,7 @@ def run(ctx: StageContext, cfg: EvaluateStage) -> StageResult:
 
         first = split.fetch(torch.arange(min(len(split), max(cfg.latency_batches, default=1)))).inputs
         return measure(
-            artifact.path,
+            config.file,
             samples=first.numpy(),
             batches=cfg.latency_batches,
             runs=cfg.latency_runs,
@@ -42,7 +43,7 @@ def run(ctx: StageContext, cfg: EvaluateStage) -> StageResult:
             allow_targets=ctx.allow_targets,
         )
 
-    # The other ranks wait in a broadcast, where Horovod sleeps between its cycles: the cores are rank 0's.
+    # The other ranks wait in a broadcast and sleep (a change of our Horovod build): the cores are rank 0's.
     latency = ctx.world.main(measured, name="evaluate.latency")
     metrics = {key: float(value) for key, value in figures.items() if isinstance(value, float)}
     metrics["peak_memory_bytes"] = float(latency["peak_memory_bytes"])
@@ -59,7 +60,7 @@ def run(ctx: StageContext, cfg: EvaluateStage) -> StageResult:
         metrics=metrics,
         details=details,
         parameters=predictor.parameters,
-        model_bytes=artifact.bytes,
+        model_bytes=artifact.bytes if cfg.format is None else config.file.stat().st_size,
         latency_ms=latency["latency_ms"],
     )
     ctx.world.main(lambda: write_json(ctx.staging / "evaluation.json", vars_of(result)), name="evaluate.write")

@@ -25,7 +25,7 @@ SMALL = (
         "optimizer.lr=0.05",
     ),
     *("stages.int8.calibration_samples=256", "stages.int8.max_drop=5"),
-    *(f"stages.eval_{name}.latency_runs=5" for name in ("teacher", "plain", "student", "int8")),
+    *(f"stages.eval_{name}.latency_runs=5" for name in ("teacher", "plain", "student", "onnx", "int8")),
 )
 KINDS = {
     "teacher": "train",
@@ -35,7 +35,13 @@ KINDS = {
     "export": "export",
     "report": "report",
 }
-EVALUATED = {"eval_teacher": "teacher", "eval_plain": "plain", "eval_student": "student", "eval_int8": "int8"}
+EVALUATED = {
+    "eval_teacher": "teacher",
+    "eval_plain": "plain",
+    "eval_student": "student",
+    "eval_onnx": "export",
+    "eval_int8": "int8",
+}
 
 
 @pytest.fixture(scope="module")

@@ -58,9 +58,16 @@ def test_the_starting_process_does_not_count(bundle: Path) -> None:
 
 
 def test_the_environment_is_of_no_world() -> None:
-    given = {"HOROVOD_RANK": "1", "OMPI_COMM_WORLD_RANK": "1", "PMIX_RANK": "1", "PATH": "/bin", "OMP_NUM_THREADS": "8"}
+    given = {
+        "HOROVOD_RANK": "1",
+        "OMPI_COMM_WORLD_RANK": "1",
+        "PMIX_RANK": "1",
+        "PATH": "/bin",
+        "OMP_NUM_THREADS": "8",
+        "HOROVOD_JOBS_DATA": "/data",
+    }
     found = child_environment(given, threads=2)
-    assert not [key for key in found if key.startswith(("HOROVOD_", "OMPI_", "PMIX_"))]
+    assert [key for key in found if key.startswith(("HOROVOD_", "OMPI_", "PMIX_"))] == ["HOROVOD_JOBS_DATA"]
     assert (found["PATH"], found["OMP_NUM_THREADS"], found["MALLOC_MMAP_MAX_"]) == ("/bin", "2", "0")
 
 

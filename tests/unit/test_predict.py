@@ -17,7 +17,7 @@ from horovod_jobs.artifacts import ArtifactStore
 from horovod_jobs.bundle import read_config, resolve
 from horovod_jobs.errors import ArtifactError, ConfigError, DataError
 from horovod_jobs.export import export_onnx
-from horovod_jobs.predict import load_artifact, load_module, save_model
+from horovod_jobs.predict import load_config, load_module, save_model
 from tests.support import SMALL_NET, SmallNet
 
 SHAPE = (1, 6, 6)
@@ -101,7 +101,7 @@ def test_a_damaged_artifact_is_refused(tmp_path: Path, net: SmallNet) -> None:
     store = ArtifactStore(tmp_path / "store")
     staging = save(store.staging("model", "ab" * 32), net, SMALL_NET)
     artifact = store.publish(staging, kind="model", fingerprint="ab" * 32, meta={})
-    assert load_artifact(artifact, allow_targets=["tests"]).format == "torch"
+    assert load_config(read_config(artifact), allow_targets=["tests"]).format == "torch"
     weights = bytearray(artifact.file("model.safetensors").read_bytes())
     weights[-1] ^= 1
     artifact.file("model.safetensors").write_bytes(weights)

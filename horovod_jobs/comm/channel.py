@@ -176,6 +176,11 @@ class Wire:
         return self._comm.Recv_init([as_bytes(tensor), MPI.BYTE], source, tag)
 
 
+def some(requests: list[Any]) -> list[int]:
+    """Positions of the requests that are done, in one look at all of them."""
+    return MPI.Request.Testsome(requests) or []
+
+
 def finished(requests: list[Any]) -> list[int]:
     """Positions of the requests that are done, in one look at all of them. One to or from a rank that has died is done as well."""
     if not requests:

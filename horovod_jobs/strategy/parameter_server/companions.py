@@ -23,7 +23,7 @@ _log = logging.getLogger("horovod_jobs")
 
 
 class Flags:
-    """This worker's flags on their way to the first server, and its answer. ``check`` drives other messages on meanwhile."""
+    """This worker's flags on their way to the first server, and its answer. ``check`` raises where waiting is in vain."""
 
     def __init__(self, up: Wire, down: Wire, *, server: int, workers: int, check: Callable[[], None]) -> None:
         self._told = torch.zeros(2 + protocol.FLAGS, dtype=torch.float64)
@@ -98,6 +98,10 @@ class Host:
             self._server.serve(stages=1)
         except BaseException as error:
             self.error = error
+
+    def drive(self, poke: Callable[[], bool]) -> None:
+        """Also drive this on, in turns: two threads that look for messages would take each other's time."""
+        self._server.beside = poke
 
     def stop(self) -> None:
         """End it, whatever it waits for."""

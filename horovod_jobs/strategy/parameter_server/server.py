@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,10 @@ _LOOK_S = 0.05  # between two looks for ranks that have died
 _log = logging.getLogger("horovod_jobs")
 
 
+def _nothing() -> bool:
+    return False
+
+
 class Server:
     """Answers the workers."""
 
@@ -34,6 +38,7 @@ class Server:
         self._left = set(range(len(self.seat.workers)))  # workers that have left the last stage
         self._waiting: list[tuple[int, Any, Any]] = []  # a stage that begins before all have left the last one
         self._over = False
+        self.beside: Callable[[], bool] = _nothing  # what else this thread drives on in its turns; whether anything moved
         self._known: set[int] = set()  # ranks that have died
         self._looked = 0.0
 
@@ -66,6 +71,7 @@ class Server:
             self._take(message)
         if self.stage is not None:
             moved |= self.stage.turn()
+        moved |= self.beside()
         self._look()
         if self.stage is None and self._waiting and len(self._left) == len(self.seat.workers):
             self._begin(*self._waiting.pop(0))
@@ -130,6 +136,8 @@ class Server:
             # All who ask have met and know who has died; what such a worker sent must not change anything between their reads.
             self._without(set(self.seat.workers) - set(order["workers"]))
             self.stage.give_all(self._worker_of[source])
+        elif self.stage is not None and kind == "order":
+            self.stage.prefer(self._worker_of[source], order["chunks"])
         elif self.stage is not None and kind == "state":
             self.stage.give_state(source)
         elif self.stage is not None and kind == "report":

@@ -130,7 +130,9 @@ class ParameterServer:
             Slices(len(layout.chunks) + number, group, parameter, len(servers))
             for number, (group, parameter) in enumerate(pair for pair in trained if id(pair[1]) in sparse)
         ]
-        terms = Terms(self.consistency, self.staleness, self.averaging, self.period, setting.clip_norm)
+        terms = Terms(
+            self.consistency, self.staleness, self.averaging, self.period, setting.clip_norm, self.window_kb * 1024
+        )
         module = type(optimizer).__module__
         here = (
             None
@@ -139,7 +141,6 @@ class ParameterServer:
         )
         return ParameterServerUpdater(
             optimizer, parameters, setting, tables=tables, terms=terms, layout=layout, seat=seat, here=here,
-            window_bytes=self.window_kb * 1024,
         )  # fmt: skip
 
     def _check(self, setting: Setting) -> Roles:

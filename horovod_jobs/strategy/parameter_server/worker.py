@@ -17,7 +17,7 @@ from horovod_jobs.strategy.parameter_server import binding, protocol
 from horovod_jobs.strategy.parameter_server.account import account, moved
 from horovod_jobs.strategy.parameter_server.binding import Holding, Terms
 from horovod_jobs.strategy.parameter_server.companions import Flags, Host, Losses
-from horovod_jobs.strategy.parameter_server.courier import Courier
+from horovod_jobs.strategy.parameter_server.courier import Courier, Driver
 from horovod_jobs.strategy.parameter_server.gates import Gates
 from horovod_jobs.strategy.parameter_server.rows import RowCourier, Slices
 from horovod_jobs.strategy.parameter_server.server import Server
@@ -39,7 +39,7 @@ class ParameterServerUpdater(Updater):
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, parameters: Sequence[tuple[int, torch.nn.Parameter]], setting: Setting, *,
-        tables: Sequence[Slices], terms: Terms, layout: Layout, seat: Seat, here: Server | None, window_bytes: int,
+        tables: Sequence[Slices], terms: Terms, layout: Layout, seat: Seat, here: Server | None,
     ) -> None:  # fmt: skip
         super().__init__(optimizer, setting)
         self._terms, self._layout, self._seat, self._tables = terms, layout, seat, list(tables)
@@ -57,14 +57,15 @@ class ParameterServerUpdater(Updater):
         self._report: list[dict[str, Any]] = []
         self._losses = Losses(seat, endures=not self.lockstep, tells=self.world.is_main)
         self._host = Host(here) if here is not None else None
+        self._driver: Driver | None = None
         try:
-            self._begin(parameters, window_bytes)
+            self._begin(parameters)
         except BaseException:
             if self._host is not None:
                 self._host.stop()
             raise
 
-    def _begin(self, parameters: Sequence[tuple[int, torch.nn.Parameter]], window_bytes: int) -> None:
+    def _begin(self, parameters: Sequence[tuple[int, torch.nn.Parameter]]) -> None:
         seat, setting = self._seat, self.setting
         with self.world.agreed("parameter_server.bind"):
             self._holding = Holding(self.optimizer, parameters, self._layout, self._terms, self._tables)
@@ -72,16 +73,21 @@ class ParameterServerUpdater(Updater):
                 binding.begin(seat.up, seat.down, self._holding, servers=seat.servers, workers=seat.workers)
         if not self._weights:
             self.optimizer.state.clear()  # The servers hold it now.
+        number = seat.workers.index(seat.me)
         self._courier = Courier(
-            seat.up, seat.down, self._layout, self._dense, servers=seat.servers, window_bytes=window_bytes, check=self._check
+            seat.up, seat.down, self._layout, self._dense, servers=seat.servers, window_bytes=self._terms.window_bytes,
+            # The server after one's own, so that no server gets all first chunks at once.
+            first=number + (self._host is not None), check=self._check,
         )  # fmt: skip
-        self._rows = RowCourier(seat.up, seat.down, self._tables, servers=seat.servers, check=self._courier.poke)
+        if self._host is not None:
+            self._host.drive(self._courier.poke)
+        else:
+            self._driver = Driver(self._courier)
+        self._rows = RowCourier(seat.up, seat.down, self._tables, servers=seat.servers, check=self._check)
         dials = self._holding.dials
         self._head = torch.zeros(1 + dials.count, dtype=torch.float64)
         self._heads = [seat.up.sender(self._head, to=rank, tag=protocol.HEAD) for rank in seat.servers]
-        self._flags = Flags(
-            seat.up, seat.down, server=seat.servers[0], workers=len(seat.workers), check=self._courier.poke
-        )
+        self._flags = Flags(seat.up, seat.down, server=seat.servers[0], workers=len(seat.workers), check=self._check)
         self._passes = [0] * len(self._parameters)
         self._staged = [False] * len(self._parameters)
         self._hooks: list[Any] = []
@@ -93,7 +99,11 @@ class ParameterServerUpdater(Updater):
         everything = range(len(self._parameters))
         self._all = list(everything)
         lazy = not setting.averages_weights
-        self._gates = Gates(setting.model, self._parameters, fetch=self._fetch) if lazy and setting.model else None
+        self._gates = (
+            Gates(setting.model, self._parameters, fetch=self._fetch, seen=self._prefer)
+            if lazy and setting.model
+            else None
+        )
 
     def _check(self) -> None:
         if self._host is not None and self._host.error is not None:
@@ -114,6 +124,13 @@ class ParameterServerUpdater(Updater):
         for index in indices:
             if index >= dense:
                 self._rows.fetch(index - dense)
+
+    def _prefer(self, order: Sequence[int]) -> None:
+        """The first forward pass has shown in which order it needs parameters: pushes and replies follow it."""
+        urgent = self._courier.prefer([index for index in order if index < len(self._dense)])
+        for server, rank in enumerate(self._seat.servers):
+            chunks = [chunk for chunk in urgent if self._layout.chunks[chunk].server == server]
+            self._seat.up.send_json({"op": "order", "chunks": chunks}, to=rank)
 
     # --- who works --------------------------------------------------------------------------------------------------
     def _members(self) -> list[int]:
@@ -179,12 +196,11 @@ class ParameterServerUpdater(Updater):
         return self._flags.tell(values, step=self._step, hold=hold)
 
     def synchronize(self) -> None:
-        """Push what is not yet on its way. It does not wait for parameters."""
+        """Push what has not been pushed. It waits for nothing: gradients leave while the next step begins."""
         if self._eager:
             for index in self._all:
                 if not self._staged[index]:
                     self._push_gradient(index)
-            self._courier.flush()
 
     def step(self) -> None:
         """The servers update. Here are only local steps (``averaging=weights``) and clipping of a push that is alone."""
@@ -194,7 +210,6 @@ class ParameterServerUpdater(Updater):
             self._clip_own()
             for index in self._all:
                 self._push_gradient(index)
-            self._courier.flush()
         if self._gates is None:
             self._fetch(self._all)
 
@@ -233,7 +248,6 @@ class ParameterServerUpdater(Updater):
             value, last = self._parameters[index].detach(), self._courier.last(index)
             if not self._courier.stage(index, value, otherwise=last, guard=not self.lockstep):
                 self._drop()
-        self._courier.flush()
         self._behind = False
 
     # --- the same everywhere ----------------------------------------------------------------------------------------
@@ -302,6 +316,8 @@ class ParameterServerUpdater(Updater):
             if not isinstance(error, WorldError) and not is_loss(error):
                 raise
             home = False  # A server has died, which is being told already.
+        if self._driver is not None:
+            self._driver.stop()
         if home and self.world.is_main:
             self._report = [self._ask_report(rank) for rank in self._seat.servers]
             _log.info("parameter server: %s", moved(self._report))

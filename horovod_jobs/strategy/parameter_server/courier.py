@@ -24,9 +24,9 @@ _NAMED_WITHIN_S = 1.0  # MPI tells which rank has died a little after its messag
 class Courier:
     """Sends chunks as their tensors become ready, and receives them updated.
 
-    Somebody else's thread (``Driver``, or the server's where it is colocated) drives the messages on by ``poke``, so that they travel while layers
-    compute. The thread that trains only stages and waits. One lock guards all that both touch; a buffer belongs to the
-    training thread while its chunk is here, and to MPI while it is away. Buffers and requests are made once.
+    Another thread (``Driver``, or the server's where it is colocated) drives the messages on by ``poke``, so that they travel while
+    layers compute; the thread that trains only stages and waits. One lock guards what both touch. A buffer belongs to the training
+    thread while its chunk is here, and to MPI while it is away. Buffers and requests are made once.
 
     Args:
         servers: rank of each server on the wires.
@@ -88,6 +88,13 @@ class Courier:
         chunks = self._chunks_of[index]
         self._until(lambda: not any(self._away[chunk] or chunk in self._sending for chunk in chunks))
         view, sound = self._views_out[index], True
+        if value is not None and value.is_contiguous() and not guard:
+            flat, given = view.view(-1), value.view(-1)
+            for chunk in chunks:  # The first piece of a large tensor leaves while the next is being copied.
+                part = self._part(index, chunk)
+                flat[part].copy_(given[part])
+                self._staged(chunk)
+            return True
         if value is None:
             view.zero_()
         else:
@@ -95,21 +102,27 @@ class Courier:
             if guard and not bool(torch.isfinite(view.sum())):
                 sound = False
                 view.zero_() if otherwise is None else view.copy_(otherwise)
-        whole = []
         for chunk in chunks:
-            self._missing[chunk] -= 1
-            if self._missing[chunk] == 0:
-                self._missing[chunk] = len(self._inside[chunk])
-                whole.append(chunk)
-        if whole:
-            with self._lock:
-                for chunk in whole:
-                    self._away[chunk] = True
-                    lane = self._layout.chunks[chunk].server
-                    self._lanes.put(lane, chunk, nbytes=self._bytes[chunk], urgency=self._urgency[chunk])
-                self._start()
-                self._lock.notify_all()
+            self._staged(chunk)
         return sound
+
+    def _part(self, index: int, chunk: int) -> slice:
+        """The elements of a parameter that a chunk has."""
+        place, lies = self._layout.places[index], self._layout.chunks[chunk]
+        return slice(max(place.start, lies.start) - place.start, min(place.stop, lies.stop) - place.start)
+
+    def _staged(self, chunk: int) -> None:
+        """One parameter more of a chunk is in the buffer; with the last it can go."""
+        self._missing[chunk] -= 1
+        if self._missing[chunk]:
+            return
+        self._missing[chunk] = len(self._inside[chunk])
+        with self._lock:
+            self._away[chunk] = True
+            lane = self._layout.chunks[chunk].server
+            self._lanes.put(lane, chunk, nbytes=self._bytes[chunk], urgency=self._urgency[chunk])
+            self._start()
+            self._lock.notify_all()
 
     def last(self, index: int) -> Tensor:
         """A parameter as it came back last."""
@@ -187,12 +200,11 @@ class Courier:
             left = [(index, chunk) for index, chunk in left if self._away[chunk] or chunk in self._fresh[index]]
 
     def _unpack(self, index: int, chunk: int) -> None:
-        parameter, place, lies = self._parameters[index], self._layout.places[index], self._layout.chunks[chunk]
+        parameter = self._parameters[index]
         self._fresh[index].discard(chunk)
-        start, stop = max(place.start, lies.start) - place.start, min(place.stop, lies.stop) - place.start
         if parameter.is_contiguous():
-            part = self._views_back[index].view(-1)[start:stop]
-            parameter.view(-1)[start:stop].copy_(part)
+            part = self._part(index, chunk)
+            parameter.view(-1)[part].copy_(self._views_back[index].view(-1)[part])
         elif not self._fresh[index]:  # Its elements lie in another order (channels last): all at once.
             parameter.copy_(self._views_back[index])
 

@@ -15,20 +15,22 @@ class Lanes(Generic[Item]):
     doi:10.1145/3341301.3359642). Two messages a lane are always let go: with one, its link would be idle between them.
 
     Args:
-        first: lane that goes first among equals. Where every sender begins with another one, no receiver gets all of them at once.
+        first: lane that goes first in every round of ``count`` messages. Where every sender begins with another one, no receiver gets
+            all of them at once.
     """
 
     def __init__(self, count: int, *, window_bytes: int, largest_bytes: int, first: int = 0) -> None:
         self._limit = max(window_bytes // max(1, count), 2 * largest_bytes)
+        self._count = count
         self._order = [(lane + first) % count for lane in range(count)]
         self._waiting: list[list[tuple[int, int, int, Item]]] = [[] for _ in range(count)]
         self._flying = [0] * count
-        self._count = 0  # of all that was put: what is equally urgent leaves in this order
+        self._put = 0  # of all: what is equally urgent leaves in this order
 
     def put(self, lane: int, item: Item, *, nbytes: int, urgency: int) -> None:
         """Queue a message; the lowest ``urgency`` leaves first."""
-        self._count += 1
-        heapq.heappush(self._waiting[lane], (urgency, self._count, nbytes, item))
+        self._put += 1
+        heapq.heappush(self._waiting[lane], (urgency, self._put, nbytes, item))
 
     def take(self) -> Item | None:
         """The message that leaves next; None where there is none, or the window is full."""
@@ -37,7 +39,7 @@ class Lanes(Generic[Item]):
             waiting = self._waiting[lane]
             if not waiting or (self._flying[lane] and self._flying[lane] + waiting[0][2] > self._limit):
                 continue
-            if best is None or waiting[0][0] < self._waiting[best][0][0]:
+            if best is None or waiting[0][0] // self._count < self._waiting[best][0][0] // self._count:
                 best = lane
         if best is None:
             return None

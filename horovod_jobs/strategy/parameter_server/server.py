@@ -20,6 +20,7 @@ from horovod_jobs.strategy.parameter_server.stage import Seat, Stage, receive_ar
 
 # Longest sleep between two looks, while workers train and when nothing has come for a while: an idle server must not burn a core.
 _BUSY_S, _IDLE_S, _QUIET_AFTER_S = 0.0003, 0.02, 1.0
+_YIELDS_BESIDE = 2
 _LOOK_S = 0.05  # between two looks for ranks that have died
 _log = logging.getLogger("horovod_jobs")
 
@@ -38,7 +39,9 @@ class Server:
         self._left = set(range(len(self.seat.workers)))  # workers that have left the last stage
         self._waiting: list[tuple[int, Any, Any]] = []  # a stage that begins before all have left the last one
         self._over = False
-        self.beside: Callable[[], bool] = _nothing  # what else this thread drives on in its turns; whether anything moved
+        self.beside: Callable[[], bool] = (
+            _nothing  # what else this thread drives on in its turns; whether anything moved
+        )
         self._known: set[int] = set()  # ranks that have died
         self._looked = 0.0
 
@@ -48,7 +51,9 @@ class Server:
         Raises:
             WorldError: a rank has died without which the others cannot go on.
         """
-        backoff, ended, heard = Backoff(), 0, time.monotonic()
+        # Beside a worker it hardly yields: a core that is yielded in turns with a layer is half lost to the layer.
+        backoff = Backoff(yields=_YIELDS_BESIDE) if self.seat.me in self._worker_of else Backoff()
+        ended, heard = 0, time.monotonic()
         while not self._over and (stages is None or ended < stages):
             had = self.stage
             if self.turn():

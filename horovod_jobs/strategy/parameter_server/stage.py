@@ -63,7 +63,9 @@ class Stage:
         self.shards = {chunk["index"]: self._shard(chunk, order, tensors[chunk["index"]]) for chunk in order["chunks"]}
         self._rule = self._consistency(order)
         self._senders: dict[tuple[int, int], Any] = {}
-        self._urgency: list[dict[int, int]] = [{} for _ in range(self._count)]  # of a worker's chunks; none: their numbers
+        self._urgency: list[dict[int, int]] = [
+            {} for _ in range(self._count)
+        ]  # of a worker's chunks; none: their numbers
         largest = max((shard.parameter.nbytes for shard in self.shards.values()), default=0)
         first = seat.workers.index(seat.me) + 1 if seat.me in seat.workers else seat.servers.index(seat.me)
         self._lanes: Lanes[tuple[Flat, int]] = Lanes(
@@ -72,8 +74,7 @@ class Stage:
         self._replying: dict[tuple[int, int], Any] = {}
         self._reading: list[Any] = []
         self._read_what: list[tuple[Shard, int]] = []
-        self._outgoing: list[Any] = []
-        self._kept: list[Tensor] = []  # what they send
+        self._outgoing: dict[tuple[int, int], Any] = {}  # rows, by table and worker
         self.sparse_bytes = self.dense_bytes = 0  # of tables: moved, and what whole tables would have moved
         self._peers = [seat.servers[index] for index in order["holders"]]  # servers that hold something
         self._norms: dict[int, list[float]] = {rank: [] for rank in self._peers}  # of the steps to come
@@ -91,6 +92,8 @@ class Stage:
             options = order["groups"][chunk["group"]]
             target = order["target"] if chunk["dim"] is None else rules.sparse_target(order["target"])
             optimizer = rules.make(target, options, parameter, allow=self._seat.allow)
+            if chunk["dim"] is None:
+                rules.fuse(optimizer)
             state: dict[str, Any] = {key: value for key, value in tensors.items() if key}
             for key, value in chunk["scalars"].items():
                 # torch.optim.SparseAdam counts with a Python number, the others with a tensor.
@@ -132,9 +135,7 @@ class Stage:
             elif isinstance(shard, Table):
                 self.sparse_bytes += message.nbytes
                 self.dense_bytes += shard.parameter.nbytes
-                packed = torch.empty(message.nbytes, dtype=torch.uint8)
-                shard.take(worker, packed)
-                self._start(message, packed, shard, worker)
+                self._start(message, shard.take(worker, message.nbytes), shard, worker)
 
     def _start(self, message: Incoming, tensor: Tensor, shard: Shard, worker: int) -> None:
         self._reading.append(message.start(tensor))
@@ -142,10 +143,6 @@ class Stage:
 
     def turn(self) -> bool:
         """Go on with the chunks that have been read. Whether there were any."""
-        if self._outgoing:
-            sent = set(finished(self._outgoing))  # Or never to be sent: who should read it has died.
-            self._kept = [tensor for index, tensor in enumerate(self._kept) if index not in sent]
-            self._outgoing = [request for index, request in enumerate(self._outgoing) if index not in sent]
         replied = self._note_replied()
         read = finished(self._reading)
         if not read:
@@ -210,9 +207,10 @@ class Stage:
         if worker in self._gone:
             return
         if isinstance(shard, Table):
+            if (shard.index, worker) in self._outgoing:  # Read long ago, or its worker would not have pushed again.
+                _end(self._outgoing[shard.index, worker])
             packed = shard.outgoing(worker)
-            self._outgoing.append(self._seat.down.send(packed, to=rank, tag=protocol.tag(shard.index)))
-            self._kept.append(packed)
+            self._outgoing[shard.index, worker] = self._seat.down.send(packed, to=rank, tag=protocol.tag(shard.index))
             self.bytes_out += packed.nbytes
             self.sparse_bytes += packed.nbytes
             self.dense_bytes += shard.parameter.nbytes
@@ -302,7 +300,7 @@ class Stage:
 
     def end(self) -> None:
         """Let go of the messages."""
-        for request in self._outgoing:
+        for request in self._outgoing.values():
             _end(request)
         for (_, worker), request in self._senders.items():
             _end(request)

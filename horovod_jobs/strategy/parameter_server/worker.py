@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from horovod_jobs.strategy.parameter_server.gates import Gates
 from horovod_jobs.strategy.parameter_server.rows import RowCourier, Slices
 from horovod_jobs.strategy.parameter_server.server import Server
 from horovod_jobs.strategy.parameter_server.sharding import Layout
+from horovod_jobs.strategy.parameter_server.shards import squared_norm
 from horovod_jobs.strategy.parameter_server.stage import Seat
 
 _FAREWELL_S = 10.0
@@ -54,6 +56,7 @@ class ParameterServerUpdater(Updater):
         self._next = 1  # the step that is made, or between two the one to come
         self._behind = False  # this worker's weights have moved since they were pushed
         self._dropped = 0
+        self._exchange_s = 0.0
         self._report: list[dict[str, Any]] = []
         self._losses = Losses(seat, endures=not self.lockstep, tells=self.world.is_main)
         self._host = Host(here) if here is not None else None
@@ -113,17 +116,22 @@ class ParameterServerUpdater(Updater):
         self._losses.look()
 
     @property
+    def exchange_s(self) -> float:
+        return self._exchange_s
+
+    @property
     def lost(self) -> list[dict[str, Any]]:
         """Workers that have died in this stage."""
         return self._losses.found
 
     def _fetch(self, indices: Sequence[int]) -> None:
         """Wait until these parameters are back."""
-        dense = len(self._dense)
+        dense, start = len(self._dense), time.perf_counter()
         self._courier.fetch([index for index in indices if index < dense] if self._tables else indices)
         for index in indices:
             if index >= dense:
                 self._rows.fetch(index - dense)
+        self._exchange_s += time.perf_counter() - start
 
     def _prefer(self, order: Sequence[int]) -> None:
         """The first forward pass has shown in which order it needs parameters: pushes and replies follow it."""
@@ -172,11 +180,13 @@ class ParameterServerUpdater(Updater):
     def _push_gradient(self, index: int) -> None:
         self._staged[index] = True
         grad, dense, guard = self._parameters[index].grad, len(self._dense), not self.lockstep
+        start = time.perf_counter()
         sound = (
             self._courier.stage(index, grad, guard=guard)
             if index < dense
             else self._rows.push(index - dense, grad, guard=guard)
         )
+        self._exchange_s += time.perf_counter() - start
         if not sound:
             self._drop()
 
@@ -229,7 +239,7 @@ class ParameterServerUpdater(Updater):
         assert self.setting.clip_norm is not None
         grads = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         grads = [grad.coalesce().values() if grad.is_sparse else grad for grad in grads]
-        norm = sum(self._at_work()) * float(sum(float(grad.double().square().sum()) for grad in grads)) ** 0.5
+        norm = sum(self._at_work()) * sum(squared_norm(grad) for grad in grads) ** 0.5
         scale = min(1.0, self.setting.clip_norm / (norm + 1e-6))
         for parameter in self._parameters:
             if parameter.grad is not None:

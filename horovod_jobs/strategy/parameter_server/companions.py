@@ -15,6 +15,7 @@ from torch import Tensor
 from horovod_jobs.comm.channel import Wire, wait_until
 from horovod_jobs.errors import WorldError
 from horovod_jobs.strategy.parameter_server import protocol
+from horovod_jobs.strategy.parameter_server.courier import Courier
 from horovod_jobs.strategy.parameter_server.server import Server
 from horovod_jobs.strategy.parameter_server.stage import Seat
 
@@ -99,9 +100,9 @@ class Host:
         except BaseException as error:
             self.error = error
 
-    def drive(self, poke: Callable[[], bool]) -> None:
+    def drive(self, courier: Courier) -> None:
         """Also drive this on, in turns: two threads that look for messages would take each other's time."""
-        self._server.beside = poke
+        self._server.beside, self._server.spare = courier.poke, lambda: not courier.awaited
 
     def stop(self) -> None:
         """End it, whatever it waits for."""

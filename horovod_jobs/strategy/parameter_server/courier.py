@@ -17,7 +17,7 @@ from horovod_jobs.strategy.parameter_server.sharding import Layout
 
 _LOOK_S = 0.05  # between two checks while waiting
 # Longest sleep of the driver between two looks: while messages move, and when none has for a while, because a server waits for others.
-_BUSY_S, _QUIET_S, _QUIET_AFTER_S, _YIELDS = 0.0003, 0.002, 0.1, 2
+_BUSY_S, _QUIET_S, _QUIET_AFTER_S, _YIELDS_BESIDE = 0.0003, 0.002, 0.1, 2
 _NAMED_WITHIN_S = 1.0  # MPI tells which rank has died a little after its messages fail
 
 
@@ -64,6 +64,7 @@ class Courier:
         self._away = [False] * len(layout.chunks)  # staged or asked for, and not yet back
         self._fresh: list[set[int]] = [set() for _ in parameters]  # chunks that are back, and not yet in the parameter
         self._error: BaseException | None = None
+        self.awaited = False  # the training thread waits, so its core is free
         self.bytes_out = self.bytes_in = 0
 
     def _view(self, buffers: list[Tensor], index: int) -> Tensor:
@@ -212,13 +213,17 @@ class Courier:
         """Whether ``done`` came true within the time. Another thread drives the messages on meanwhile."""
         deadline = None if limit_s is None else time.monotonic() + limit_s
         with self._lock:
-            while not done():
-                if self._error is not None:
-                    self._give_up(self._error)
-                self._check()
-                if deadline is not None and time.monotonic() > deadline:
-                    return False
-                self._lock.wait(_LOOK_S)
+            try:
+                while not done():
+                    if self._error is not None:
+                        self._give_up(self._error)
+                    self._check()
+                    if deadline is not None and time.monotonic() > deadline:
+                        return False
+                    self.awaited = True
+                    self._lock.wait(_LOOK_S)
+            finally:
+                self.awaited = False
         return True
 
     def _give_up(self, error: BaseException) -> None:
@@ -247,16 +252,19 @@ class Driver:
         self._thread.start()
 
     def _run(self) -> None:
-        # It hardly yields: a core that is yielded in turns with a layer is half lost to the layer.
-        backoff, moved = Backoff(yields=_YIELDS), time.monotonic()
+        backoff, moved = Backoff(), time.monotonic()
         try:
             while not self._over:
                 self._courier.sleep(lambda: self._over)
                 if self._courier.poke():
                     backoff.reset()
                     moved = time.monotonic()
-                else:
-                    backoff.rest(longest_s=_BUSY_S if time.monotonic() - moved < _QUIET_AFTER_S else _QUIET_S)
+                    continue
+                # A core that is yielded in turns with a layer is half lost to the layer, so it hardly yields beside one.
+                backoff.rest(
+                    longest_s=_BUSY_S if time.monotonic() - moved < _QUIET_AFTER_S else _QUIET_S,
+                    yields=None if self._courier.awaited else _YIELDS_BESIDE,
+                )
         except BaseException as error:
             self._courier.wake(error)
 

@@ -11,8 +11,8 @@ Item = TypeVar("Item")
 class Lanes(Generic[Item]):
     """A queue for each receiver, so that a busy one holds up nobody else.
 
-    What is urgent overtakes what waits, so only ``window_bytes`` leave at a time, divided over the lanes (Peng et al. 2019,
-    doi:10.1145/3341301.3359642). Two messages a lane are always let go: with one, its link would be idle between them.
+    What is urgent overtakes what waits, so only ``window_bytes`` are on their way in a lane at a time (Peng et al. 2019,
+    doi:10.1145/3341301.3359642). Two messages are always let go: with one, its link would be idle between them.
 
     Args:
         first: lane that goes first in every round of ``count`` messages. Where every sender begins with another one, no receiver gets
@@ -20,7 +20,7 @@ class Lanes(Generic[Item]):
     """
 
     def __init__(self, count: int, *, window_bytes: int, largest_bytes: int, first: int = 0) -> None:
-        self._limit = max(window_bytes // max(1, count), 2 * largest_bytes)
+        self._limit = max(window_bytes, 2 * largest_bytes)
         self._count = count
         self._order = [(lane + first) % count for lane in range(count)]
         self._waiting: list[list[tuple[int, int, int, Item]]] = [[] for _ in range(count)]

@@ -25,7 +25,7 @@ _LOOK_S = 0.05  # between two looks for ranks that have died
 _log = logging.getLogger("horovod_jobs")
 
 
-def _nothing() -> bool:
+def _no() -> bool:
     return False
 
 
@@ -39,9 +39,9 @@ class Server:
         self._left = set(range(len(self.seat.workers)))  # workers that have left the last stage
         self._waiting: list[tuple[int, Any, Any]] = []  # a stage that begins before all have left the last one
         self._over = False
-        self.beside: Callable[[], bool] = (
-            _nothing  # what else this thread drives on in its turns; whether anything moved
-        )
+        # What else this thread drives on in its turns (whether anything moved), and whether a worker computes beside it.
+        self.beside: Callable[[], bool] = _no
+        self.spare: Callable[[], bool] = _no
         self._known: set[int] = set()  # ranks that have died
         self._looked = 0.0
 
@@ -51,9 +51,7 @@ class Server:
         Raises:
             WorldError: a rank has died without which the others cannot go on.
         """
-        # Beside a worker it hardly yields: a core that is yielded in turns with a layer is half lost to the layer.
-        backoff = Backoff(yields=_YIELDS_BESIDE) if self.seat.me in self._worker_of else Backoff()
-        ended, heard = 0, time.monotonic()
+        backoff, ended, heard = Backoff(), 0, time.monotonic()
         while not self._over and (stages is None or ended < stages):
             had = self.stage
             if self.turn():
@@ -61,7 +59,8 @@ class Server:
                 heard = time.monotonic()
             else:
                 quiet = self.stage is None or time.monotonic() - heard > _QUIET_AFTER_S
-                backoff.rest(longest_s=_IDLE_S if quiet else _BUSY_S)
+                # A core that is yielded in turns with a layer is half lost to the layer, so it hardly yields beside one.
+                backoff.rest(longest_s=_IDLE_S if quiet else _BUSY_S, yields=_YIELDS_BESIDE if self.spare() else None)
             ended += had is not None and self.stage is None
 
     def stop(self) -> None:

@@ -31,7 +31,7 @@ class ParameterServer:
         averaging: ``gradients``: servers step; ``weights``: workers step, servers average their weights.
         period: with ``weights``, steps between averages.
         chunk_kb: largest message in KiB.
-        window_kb: how much of a worker's gradients is on its way at a time, in KiB.
+        window_kb: how much of a worker's gradients, or of a server's replies, is on its way to each receiver at a time, in KiB.
 
     Raises:
         ConfigError: a value that cannot be used.

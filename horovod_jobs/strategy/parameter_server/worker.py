@@ -83,7 +83,7 @@ class ParameterServerUpdater(Updater):
             first=number + (self._host is not None), check=self._check,
         )  # fmt: skip
         if self._host is not None:
-            self._host.drive(self._courier.poke)
+            self._host.drive(self._courier)
         else:
             self._driver = Driver(self._courier)
         self._rows = RowCourier(seat.up, seat.down, self._tables, servers=seat.servers, check=self._check)

@@ -32,7 +32,7 @@ def drained(lanes: Lanes[str]) -> list[str]:
 
 
 def test_the_most_urgent_leaves_first_and_a_full_lane_holds_up_nobody_else() -> None:
-    lanes: Lanes[str] = Lanes(2, window_bytes=40, largest_bytes=10)  # 20 bytes a lane
+    lanes: Lanes[str] = Lanes(2, window_bytes=20, largest_bytes=10)
     for number, lane in ((3, 0), (1, 0), (2, 0), (0, 1)):
         lanes.put(lane, f"{number}", nbytes=10, urgency=2 * number)
     assert drained(lanes) == ["0", "1", "2"]

@@ -64,13 +64,14 @@ class Backoff:
         """Something happened."""
         self._count = 0
 
-    def rest(self, *, longest_s: float | None = None) -> None:
+    def rest(self, *, longest_s: float | None = None, yields: int | None = None) -> None:
         """Nothing happened."""
         self._count += 1
-        if self._count <= self._yields:
+        over = self._count - (self._yields if yields is None else yields)
+        if over <= 0:
             os.sched_yield()
         else:
-            time.sleep(min(0.00002 * 1.3 ** min(40, self._count - self._yields), longest_s or self._longest_s))
+            time.sleep(min(0.00002 * 1.3 ** min(40, over), longest_s or self._longest_s))
 
 
 def wait_until(done: Callable[[], bool], *, limit_s: float | None = None) -> bool:
@@ -174,6 +175,11 @@ class Wire:
     def receiver(self, tensor: Tensor, *, source: int, tag: int) -> Any:
         """A persistent request that receives into ``tensor`` every time it is started."""
         return self._comm.Recv_init([as_bytes(tensor), MPI.BYTE], source, tag)
+
+
+def some(requests: list[Any]) -> list[int]:
+    """Positions of the requests that are done, in one look at all of them."""
+    return MPI.Request.Testsome(requests) or []
 
 
 def finished(requests: list[Any]) -> list[int]:

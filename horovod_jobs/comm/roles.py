@@ -155,11 +155,21 @@ def divide(*, servers: int) -> Roles | None:
             "start every rank with the same command and files"
         )
     check_enough(servers, ranks=comm.Get_size())
-    if servers and MPI.Query_thread() != MPI.THREAD_MULTIPLE:
-        raise SetupError(
-            "strategy=parameter_server needs an MPI that grants THREAD_MULTIPLE, and this one does not; use Open MPI 4 or 5"
-        )
+    if servers and not threads_may_call_mpi():
+        raise SetupError(NO_THREADS)
     return Roles(comm, servers=servers)
+
+
+def threads_may_call_mpi() -> bool:
+    """Whether MPI, which has been started, may be called by several threads at once."""
+    from mpi4py import MPI
+
+    return bool(MPI.Query_thread() == MPI.THREAD_MULTIPLE)
+
+
+NO_THREADS = (
+    "strategy=parameter_server needs an MPI that grants THREAD_MULTIPLE, and this one does not; use Open MPI 4 or 5"
+)
 
 
 def check_enough(servers: int, *, ranks: int) -> None:

@@ -18,7 +18,7 @@ def register_rank() -> None:
     """Let the parent know whom to pass signals to."""
     if directory := os.environ.get(DIRECTORY_VARIABLE):
         with contextlib.suppress(OSError):
-            (Path(directory) / f"pid-{os.getpid()}").touch()
+            (Path(directory) / f"pid-{os.getpid()}").write_text(str(rank_hint()))
 
 
 def record_exit(code: int) -> bool:

@@ -18,6 +18,7 @@ from horovod_jobs.errors import WorldError
 from horovod_jobs.launch.base import LaunchPlan
 from horovod_jobs.launch.in_rank import DIRECTORY_VARIABLE
 
+_LOOK_S = 0.1  # between two looks at the ranks
 _AGREED = (75, 130)  # Interrupted and InterruptedByUser: the ranks stopped in order.
 # mpirun keeps its files in a directory named by its process id. One that was killed leaves them behind, and the next one with that id,
 # which is soon in a container, ends with "listener thread failed to start". Open MPI 5 and 4 have these names for another place.
@@ -73,6 +74,12 @@ def run_world(
         if forward is not None:  # Where a host is cut off the launcher says nothing of its own.
             print(f"error: ranks were lost (exit code {code} of the launcher): one was killed, or a host was cut off; see that the "
                   "hosts are up; the same command goes on from the last checkpoint", file=sys.stderr)  # fmt: skip
+        if stopper.gone:
+            said = " and ".join(f"rank {rank} (process {pid})" for rank, pid in stopper.gone)
+            print(
+                f"error: {said} was ended from outside; the same command goes on from the last checkpoint",
+                file=sys.stderr,
+            )
         return WorldError.exit_code  # A rank was ended from outside, by a signal or by MPI; the launcher has named it.
     return failed[0] if failed else (128 - code if code < 0 else code)
 
@@ -100,6 +107,9 @@ class _Stopper:
         self._forward = forward
         self._deadline: float | None = None
         self.asked = 0  # the first signal
+        self.gone: list[
+            tuple[str, int]
+        ] = []  # ranks of this host, with their processes, that ended first and told no code
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         first = self._deadline is None
@@ -115,16 +125,37 @@ class _Stopper:
         if first and not any(self._directory.glob("pid-*")):
             self._deadline = time.monotonic()  # No rank listens yet.
 
+    def _note_gone(self) -> None:
+        """Who has died by itself is gone before the launcher ends the others, which takes it a moment."""
+        if self._forward is not None or self.gone:
+            return  # Ranks may be on other hosts.
+        processes = {int(path.name.split("-")[1]): path.read_text() for path in self._directory.glob("pid-*")}
+        ended = {pid for pid in processes if _ended(pid)}
+        if ended and len(ended) < len(processes):
+            ranks = [(processes[pid], pid) for pid in sorted(ended) if processes[pid]]
+            self.gone = [one for one in ranks if not (self._directory / f"exit-{int(one[0]):06d}").exists()]
+
     def wait(self) -> int:
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                return self._process.wait(timeout=0.2)
+                return self._process.wait(timeout=_LOOK_S)
+            self._note_gone()
             if self._deadline is not None and time.monotonic() > self._deadline:
                 self._process.terminate()
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     return self._process.wait(timeout=10)
                 _kill_group(self._process)
                 return self._process.wait()
+
+
+def _ended(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:

@@ -82,6 +82,11 @@ class Updater(ABC):
         """Rank and host of ranks that have died in this stage and without which the others went on."""
         return []
 
+    @property
+    def exchange_s(self) -> float:
+        """Seconds so far that forward and backward passes and ``step`` spent exchanging: handing gradients over, waiting for parameters."""
+        return 0.0
+
     def agree(self, values: Tensor) -> Handle:
         """Start the loop's one small exchange of a step; ``wait()`` gives ``[n]`` sums over the ranks that make this step together.
 

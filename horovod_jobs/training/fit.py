@@ -182,7 +182,7 @@ class Fit:
     # --- 3. an update -----------------------------------------------------------------------------------------------
     def _step(self, indices: Tensor, loader: Iterator[Batch]) -> None:
         state, clock = self.state, time.perf_counter
-        start, waited_s = clock(), Waiting.seconds
+        start, waited_s, before_s = clock(), Waiting.seconds, self.updater.exchange_s
         seed_step(self.ctx.seed, state.step, self.world.rank)
         self._set_rate()
         self.updater.zero_grad()
@@ -203,11 +203,11 @@ class Fit:
         local = torch.stack([*(value.double() for value in sums.values()), torch.tensor(float(samples)).double()]).cpu()
         if not bool(torch.isfinite(local).all()) and self.bad is None:
             self.bad = torch.cat(self._micro_batches(indices))
-        computed = clock()
+        computed, passes_s = clock(), self.updater.exchange_s - before_s
         agreed = self._agree(local)
         self.updater.synchronize()
         control = agreed.wait().tolist()
-        exchanged = clock()
+        exchanged, before_s = clock(), self.updater.exchange_s
         if control[0] > 0:
             refuse_non_finite(self.ctx, self.state, mine=self.bad)
         self.precision.unscale(self.updater)
@@ -215,11 +215,11 @@ class Fit:
         if self.ema is not None:
             self.ema.update()
         end = clock()
-        compute_s = computed - start - data_s
+        compute_s, step_s = computed - start - data_s - passes_s, self.updater.exchange_s - before_s
         for timing in (self.timing, self.whole):
             timing.data += data_s
-            timing.compute += compute_s + end - exchanged
-            timing.exchange += exchanged - computed
+            timing.compute += compute_s + end - exchanged - step_s
+            timing.exchange += exchanged - computed + passes_s + step_s
             timing.total += end - start
             timing.steps += 1
             timing.samples += len(indices)

@@ -99,6 +99,19 @@ def test_a_rank_that_dies_ends_the_job_and_the_last_checkpoint_is_whole(
     assert weights(tmp_path) == untouched
 
 
+def test_a_worker_that_dies_beside_a_colocated_server_is_named(tmp_path: Path) -> None:
+    """Each holds a part of the parameters, so nobody goes on without it, however loosely they are coupled."""
+    out_of_step = ("strategy.consistency=async", "strategy.servers=colocated", "fit.sync_batchnorm=false")
+    running = start(*LONG, "launch=local", "launch.np=3", *out_of_step, cwd=tmp_path)
+    wait_for(lambda: checkpointed(running), what="a checkpoint")
+    os.kill(running.ranks()[1], signal.SIGKILL)
+    done = running.wait()
+    running.nothing_left()
+    assert done.code == 9, done.text
+    assert "error: rank 1 (process " in done.err, done.text
+    assert "was ended from outside" in done.err
+
+
 @pytest.mark.parametrize(
     ("overrides", "code", "told"),
     [

@@ -26,6 +26,7 @@ class Terms:
     averaging: str  # gradients or weights
     period: int
     clip_norm: float | None  # what the servers clip to
+    window_bytes: int  # on their way to workers, and from a worker, at a time
 
 
 class Holding:
@@ -65,6 +66,7 @@ class Holding:
             "staleness": terms.staleness,
             "averaging": terms.averaging,
             "clip_norm": terms.clip_norm,
+            "window_bytes": terms.window_bytes,
             "holders": list(range(self.layout.servers))
             if self.tables
             else sorted({chunk.server for chunk in self.layout.chunks}),

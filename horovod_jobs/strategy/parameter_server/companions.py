@@ -15,6 +15,7 @@ from torch import Tensor
 from horovod_jobs.comm.channel import Wire, wait_until
 from horovod_jobs.errors import WorldError
 from horovod_jobs.strategy.parameter_server import protocol
+from horovod_jobs.strategy.parameter_server.courier import Courier
 from horovod_jobs.strategy.parameter_server.server import Server
 from horovod_jobs.strategy.parameter_server.stage import Seat
 
@@ -23,7 +24,7 @@ _log = logging.getLogger("horovod_jobs")
 
 
 class Flags:
-    """This worker's flags on their way to the first server, and its answer. ``check`` drives other messages on meanwhile."""
+    """This worker's flags on their way to the first server, and its answer. ``check`` raises where waiting is in vain."""
 
     def __init__(self, up: Wire, down: Wire, *, server: int, workers: int, check: Callable[[], None]) -> None:
         self._told = torch.zeros(2 + protocol.FLAGS, dtype=torch.float64)
@@ -98,6 +99,10 @@ class Host:
             self._server.serve(stages=1)
         except BaseException as error:
             self.error = error
+
+    def drive(self, courier: Courier) -> None:
+        """Also drive this on, in turns: two threads that look for messages would take each other's time."""
+        self._server.beside, self._server.spare = courier.poke, lambda: not courier.awaited
 
     def stop(self) -> None:
         """End it, whatever it waits for."""

@@ -17,12 +17,15 @@ class Gates:
     Not every module reads its parameters in its own forward pass: attention reads its projection's weights without calling it, and a
     model may reach into a part of it. So the first pass is watched: a parameter that any operation reads before its module is entered
     is fetched at the beginning of every pass. A model that is compiled gets everything at the beginning.
+
+    ``seen`` is told once the order in which that pass needed the parameters, which need not be the order in which the model was made.
     """
 
     def __init__(
-        self, model: nn.Module, parameters: Sequence[Tensor], *, fetch: Callable[[Sequence[int]], None]
-    ) -> None:
-        self._fetch = fetch
+        self, model: nn.Module, parameters: Sequence[Tensor], *, fetch: Callable[[Sequence[int]], None],
+        seen: Callable[[Sequence[int]], None],
+    ) -> None:  # fmt: skip
+        self._fetch, self._seen = fetch, seen
         number = {id(parameter): index for index, parameter in enumerate(parameters)}
         everything = list(range(len(parameters)))
         self._first: list[int] = everything  # fetched when the model is called
@@ -52,7 +55,7 @@ class Gates:
 
     def _enter(self, module: nn.Module, inputs: Any) -> None:
         if self._watch is not None:
-            self._watch.entered.update(self._own[module])
+            self._watch.entered.update(dict.fromkeys(self._own[module]))
         self._fetch(self._own[module])
 
     def _end(self, module: nn.Module, inputs: Any, output: Any) -> None:
@@ -61,8 +64,11 @@ class Gates:
         watch, self._watch = self._watch, None
         watch.__exit__(None, None, None)
         self._watched = True
-        late = watch.entered - watch.early
-        self._first = [index for index in self._first if index not in late]
+        late = [index for index in watch.entered if index not in watch.early]
+        first = [index for index in self._first if index not in set(late)]
+        # What is waited for at the beginning is the most urgent; of it, what is read first.
+        self._first = sorted(first, key=lambda index: watch.early.get(index, len(watch.early)))
+        self._seen([*self._first, *late])
 
     @property
     def at_the_beginning(self) -> int:
@@ -81,13 +87,13 @@ class _Watch(TorchDispatchMode):
     def __init__(self, storages: dict[int, int]) -> None:
         super().__init__()
         self._storages = storages
-        self.entered: set[int] = set()
-        self.early: set[int] = set()
+        self.entered: dict[int, None] = {}  # in this order
+        self.early: dict[int, int] = {}  # with the place in their order
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for leaf in tree_leaves((args, kwargs or {})):
             if isinstance(leaf, torch.Tensor):
                 index = self._storages.get(leaf.untyped_storage().data_ptr())
                 if index is not None and index not in self.entered:
-                    self.early.add(index)
+                    self.early.setdefault(index, len(self.early))
         return func(*args, **(kwargs or {}))

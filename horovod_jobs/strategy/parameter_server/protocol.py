@@ -28,9 +28,27 @@ def index_of(tag: int) -> int:
     return tag - 16
 
 
-def pack_rows(ids: Tensor, rows: Tensor) -> Tensor:
-    """Numbers of rows ``[n]`` (int64) and their values ``[n, dim]`` as one message."""
-    return torch.cat([ids.contiguous().view(torch.uint8), rows.contiguous().view(-1).view(torch.uint8)])
+class Room:
+    """Memory for one message at a time, as large as the largest has been."""
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def of(self, nbytes: int) -> Tensor:
+        """So much of it; what was there before is gone."""
+        if self._bytes.numel() < nbytes:
+            self._bytes = torch.empty(max(nbytes, 2 * self._bytes.numel()), dtype=torch.uint8)
+        return self._bytes[:nbytes]
+
+
+def pack_rows(ids: Tensor, table: Tensor, numbers: Tensor, room: Room) -> Tensor:
+    """As one message: ``ids`` ``[n]`` (int64) and those rows ``[n, dim]`` of a table that have ``numbers``."""
+    dim, dtype = table.shape[1], table.dtype
+    packed = room.of(ids.numel() * (8 + dim * dtype.itemsize))
+    told, rows = unpack_rows(packed, dim=dim, dtype=dtype)
+    told.copy_(ids)
+    torch.index_select(table, 0, numbers, out=rows)
+    return packed
 
 
 def unpack_rows(message: Tensor, *, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

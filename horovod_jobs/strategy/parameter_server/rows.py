@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from horovod_jobs.comm.channel import Wire, wait_until
 from horovod_jobs.strategy.parameter_server import protocol
+from horovod_jobs.strategy.parameter_server.protocol import Room
 
 
 @dataclass(frozen=True)
@@ -51,21 +52,24 @@ class RowCourier:
     ) -> None:
         self._up, self._down, self._tables, self._servers, self._check = up, down, list(tables), list(servers), check
         self._owed = [False] * len(self._tables)
-        self._sending: list[tuple[Any, Tensor]] = []
+        self._sending: dict[tuple[int, int], Any] = {}  # by table and server
+        self._out = [[Room() for _ in self._servers] for _ in self._tables]
+        self._in = Room()
 
     def push(self, number: int, grad: Tensor | None, *, guard: bool) -> bool:
         """Push a table's gradient, once a step. ``guard``: nothing goes where it is not finite. Whether it went."""
         self.fetch(number)  # Where no forward pass has needed it since.
-        self._sending = [(request, tensor) for request, tensor in self._sending if not request.Test()]
         table = self._tables[number]
         ids, rows = _parts(grad, table.parameter)
         sound = not guard or bool(torch.isfinite(rows.sum()))
         if not sound:
             ids, rows = ids[:0], rows[:0]
         for server, rank in enumerate(self._servers):
-            mine = ids % table.servers == server
-            packed = protocol.pack_rows(ids[mine] // table.servers, rows[mine])
-            self._sending.append((self._up.send(packed, to=rank, tag=protocol.tag(table.index)), packed))
+            if (number, server) in self._sending:  # Read long ago, since the answer is here; MPI wants to be asked.
+                wait_until(self._sending[number, server].Test)
+            mine = (ids % table.servers == server).nonzero().view(-1)
+            packed = protocol.pack_rows(ids[mine] // table.servers, rows, mine, self._out[number][server])
+            self._sending[number, server] = self._up.send(packed, to=rank, tag=protocol.tag(table.index))
         self._owed[number] = True
         return sound
 
@@ -81,11 +85,11 @@ class RowCourier:
         table = self._tables[number]
         for server, rank in enumerate(self._servers):
             message = self._down.next_from(rank, protocol.tag(table.index), poke=self._check)
-            packed = torch.empty(message.nbytes, dtype=torch.uint8)
+            packed = self._in.of(message.nbytes)
             message.read(packed)
             ids, rows = protocol.unpack_rows(packed, dim=table.parameter.shape[1], dtype=table.parameter.dtype)
             device = table.parameter.device
-            table.parameter[(ids * table.servers + server).to(device)] = rows.to(device)
+            table.parameter.index_copy_(0, (ids * table.servers + server).to(device), rows.to(device))
         self._owed[number] = False
 
     def close(self, *, limit_s: float) -> bool:
@@ -96,13 +100,13 @@ class RowCourier:
                 if not arrived:
                     return False
             self._owed[number] = False
-        return all(wait_until(request.Test, limit_s=limit_s) for request, _ in self._sending)
+        return all(wait_until(request.Test, limit_s=limit_s) for request in self._sending.values())
 
     def _drop(self, rank: int, table: Slices) -> bool:
         self._check()
         message = self._down.probe_from(rank, protocol.tag(table.index))
         if message is not None:
-            message.read(torch.empty(message.nbytes, dtype=torch.uint8))
+            message.read(self._in.of(message.nbytes))
         return message is not None
 
 

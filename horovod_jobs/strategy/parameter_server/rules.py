@@ -13,6 +13,8 @@ from horovod_jobs.errors import ConfigError
 from horovod_jobs.instantiate import locate
 
 _PROBE_STEPS = 3
+_FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad)
+_FUSED_TYPES = (torch.float32, torch.float64)
 _SPARSE = {"Adam": "torch.optim.SparseAdam", "AdamW": "torch.optim.SparseAdam"}
 
 
@@ -57,6 +59,19 @@ def make(
         ) from error
     made.param_groups[0].update(options)
     return made
+
+
+def fuse(optimizer: torch.optim.Optimizer) -> None:
+    """Let torch make a step in one pass over the memory and without temporaries, where it can and nothing else was asked for."""
+    group = optimizer.param_groups[0]
+    asked = any(group.get(name) for name in ("foreach", "fused", "differentiable", "capturable", "amsgrad"))
+    if (
+        type(optimizer) in _FUSED
+        and group.get("fused") is None
+        and not asked
+        and group["params"][0].dtype in _FUSED_TYPES
+    ):
+        group["fused"] = True
 
 
 def state_kinds(target: str, options: Mapping[str, Any], *, allow: Sequence[str] = ()) -> dict[str, bool]:

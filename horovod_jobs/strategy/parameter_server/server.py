@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -20,8 +20,13 @@ from horovod_jobs.strategy.parameter_server.stage import Seat, Stage, receive_ar
 
 # Longest sleep between two looks, while workers train and when nothing has come for a while: an idle server must not burn a core.
 _BUSY_S, _IDLE_S, _QUIET_AFTER_S = 0.0003, 0.02, 1.0
+_YIELDS_BESIDE = 2
 _LOOK_S = 0.05  # between two looks for ranks that have died
 _log = logging.getLogger("horovod_jobs")
+
+
+def _no() -> bool:
+    return False
 
 
 class Server:
@@ -34,6 +39,9 @@ class Server:
         self._left = set(range(len(self.seat.workers)))  # workers that have left the last stage
         self._waiting: list[tuple[int, Any, Any]] = []  # a stage that begins before all have left the last one
         self._over = False
+        # What else this thread drives on in its turns (whether anything moved), and whether a worker computes beside it.
+        self.beside: Callable[[], bool] = _no
+        self.spare: Callable[[], bool] = _no
         self._known: set[int] = set()  # ranks that have died
         self._looked = 0.0
 
@@ -51,7 +59,8 @@ class Server:
                 heard = time.monotonic()
             else:
                 quiet = self.stage is None or time.monotonic() - heard > _QUIET_AFTER_S
-                backoff.rest(longest_s=_IDLE_S if quiet else _BUSY_S)
+                # A core that is yielded in turns with a layer is half lost to the layer, so it hardly yields beside one.
+                backoff.rest(longest_s=_IDLE_S if quiet else _BUSY_S, yields=_YIELDS_BESIDE if self.spare() else None)
             ended += had is not None and self.stage is None
 
     def stop(self) -> None:
@@ -66,6 +75,7 @@ class Server:
             self._take(message)
         if self.stage is not None:
             moved |= self.stage.turn()
+        moved |= self.beside()
         self._look()
         if self.stage is None and self._waiting and len(self._left) == len(self.seat.workers):
             self._begin(*self._waiting.pop(0))
@@ -130,6 +140,8 @@ class Server:
             # All who ask have met and know who has died; what such a worker sent must not change anything between their reads.
             self._without(set(self.seat.workers) - set(order["workers"]))
             self.stage.give_all(self._worker_of[source])
+        elif self.stage is not None and kind == "order":
+            self.stage.prefer(self._worker_of[source], order["chunks"])
         elif self.stage is not None and kind == "state":
             self.stage.give_state(source)
         elif self.stage is not None and kind == "report":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -10,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from horovod_jobs.strategy.parameter_server.protocol import pack_rows, unpack_rows
+from horovod_jobs.strategy.parameter_server.protocol import Room, pack_rows, unpack_rows
 
+_PIECE = 65536  # elements
 Reply = Callable[["Shard", int], None]  # send what a shard holds to this worker
 
 
@@ -86,11 +88,13 @@ class Table(Shard):
     def __init__(self, *arguments: Any, workers: int) -> None:
         super().__init__(*arguments, workers=workers)
         self._pushed: list[Tensor] = [torch.zeros(0, dtype=torch.uint8)] * workers  # packed numbers and rows
+        self._in, self._out = [Room() for _ in range(workers)], [Room() for _ in range(workers)]
         self._changed: list[deque[Tensor]] = [deque() for _ in range(workers)]
 
-    def take(self, worker: int, packed: Tensor) -> None:
-        """Where a worker's push will be."""
-        self._pushed[worker] = packed
+    def take(self, worker: int, nbytes: int) -> Tensor:
+        """Where a worker's push is to be read to."""
+        self._pushed[worker] = self._in[worker].of(nbytes)
+        return self._pushed[worker]
 
     def one(self, worker: int) -> Tensor:
         return self._sparse([self._pushed[worker]])
@@ -123,7 +127,7 @@ class Table(Shard):
         changed = self._changed[worker]
         ids = torch.unique(torch.cat(list(changed))) if changed else torch.zeros(0, dtype=torch.int64)
         changed.clear()
-        return pack_rows(ids, self.parameter.detach()[ids])
+        return pack_rows(ids, self.parameter.detach(), ids, self._out[worker])
 
 
 def _values(total: Tensor) -> Tensor:
@@ -131,8 +135,16 @@ def _values(total: Tensor) -> Tensor:
 
 
 def squared_norm(total: Tensor) -> float:
-    """In float64."""
-    return float(_values(total).double().square().sum())
+    """Of a gradient, in pieces that are added up in float64: so precise, and nothing as large as the gradient is made."""
+    return sum(_squared(piece) for piece in _values(total).reshape(-1).split(_PIECE))
+
+
+def _squared(piece: Tensor) -> float:
+    if piece.dtype in (torch.float32, torch.float64):
+        found = float(torch.dot(piece, piece))
+        if math.isfinite(found):  # Else squares of a single float32 may have been too large for it.
+            return found
+    return float(piece.double().square().sum())
 
 
 class Consistency(ABC):

@@ -12,6 +12,7 @@ from torch import Tensor
 from horovod_jobs.comm.channel import Incoming, Wire, done, finished, is_loss, wait_until
 from horovod_jobs.strategy.parameter_server import protocol, rules
 from horovod_jobs.strategy.parameter_server.coordinator import Coordinator
+from horovod_jobs.strategy.parameter_server.lanes import Lanes
 from horovod_jobs.strategy.parameter_server.shards import Bounded, Consistency, Flat, Shard, Sync, Table
 
 
@@ -62,10 +63,18 @@ class Stage:
         self.shards = {chunk["index"]: self._shard(chunk, order, tensors[chunk["index"]]) for chunk in order["chunks"]}
         self._rule = self._consistency(order)
         self._senders: dict[tuple[int, int], Any] = {}
+        self._urgency: list[dict[int, int]] = [
+            {} for _ in range(self._count)
+        ]  # of a worker's chunks; none: their numbers
+        largest = max((shard.parameter.nbytes for shard in self.shards.values()), default=0)
+        first = seat.workers.index(seat.me) + 1 if seat.me in seat.workers else seat.servers.index(seat.me)
+        self._lanes: Lanes[tuple[Flat, int]] = Lanes(
+            self._count, window_bytes=order["window_bytes"], largest_bytes=largest, first=first
+        )
+        self._replying: dict[tuple[int, int], Any] = {}
         self._reading: list[Any] = []
         self._read_what: list[tuple[Shard, int]] = []
-        self._outgoing: list[Any] = []
-        self._kept: list[Tensor] = []  # what they send
+        self._outgoing: dict[tuple[int, int], Any] = {}  # rows, by table and worker
         self.sparse_bytes = self.dense_bytes = 0  # of tables: moved, and what whole tables would have moved
         self._peers = [seat.servers[index] for index in order["holders"]]  # servers that hold something
         self._norms: dict[int, list[float]] = {rank: [] for rank in self._peers}  # of the steps to come
@@ -83,6 +92,8 @@ class Stage:
             options = order["groups"][chunk["group"]]
             target = order["target"] if chunk["dim"] is None else rules.sparse_target(order["target"])
             optimizer = rules.make(target, options, parameter, allow=self._seat.allow)
+            if chunk["dim"] is None:
+                rules.fuse(optimizer)
             state: dict[str, Any] = {key: value for key, value in tensors.items() if key}
             for key, value in chunk["scalars"].items():
                 # torch.optim.SparseAdam counts with a Python number, the others with a tensor.
@@ -124,9 +135,7 @@ class Stage:
             elif isinstance(shard, Table):
                 self.sparse_bytes += message.nbytes
                 self.dense_bytes += shard.parameter.nbytes
-                packed = torch.empty(message.nbytes, dtype=torch.uint8)
-                shard.take(worker, packed)
-                self._start(message, packed, shard, worker)
+                self._start(message, shard.take(worker, message.nbytes), shard, worker)
 
     def _start(self, message: Incoming, tensor: Tensor, shard: Shard, worker: int) -> None:
         self._reading.append(message.start(tensor))
@@ -134,13 +143,10 @@ class Stage:
 
     def turn(self) -> bool:
         """Go on with the chunks that have been read. Whether there were any."""
-        if self._outgoing:
-            sent = set(finished(self._outgoing))  # Or never to be sent: who should read it has died.
-            self._kept = [tensor for index, tensor in enumerate(self._kept) if index not in sent]
-            self._outgoing = [request for index, request in enumerate(self._outgoing) if index not in sent]
+        replied = self._note_replied()
         read = finished(self._reading)
         if not read:
-            return False
+            return replied
         whole = [self._read_what[index] for index in sorted(read, key=lambda at: self._read_what[at][0].index)]
         keep = [index for index in range(len(self._reading)) if index not in set(read)]
         self._reading = [self._reading[index] for index in keep]
@@ -149,6 +155,7 @@ class Stage:
         for shard, worker in whole:
             if self._seat.workers[worker] not in lost:
                 self._rule.pushed(shard, worker)
+        self._start_replies()
         return True
 
     def drop(self, worker: int) -> bool:
@@ -157,8 +164,10 @@ class Stage:
         left = [index for index, (_, one) in enumerate(self._read_what) if one != worker]
         self._reading = [self._reading[index] for index in left]
         self._read_what = [self._read_what[index] for index in left]
+        self._lanes.close(worker)
         if not self._rule.drop(worker):
             return False
+        self._start_replies()  # To those who waited for it.
         last, step, answers = self._coordinator.drop(worker)
         self._gone[worker] = [last, step]
         for other, told in answers:
@@ -187,6 +196,7 @@ class Stage:
         norm = sum(parts.pop(0) for parts in self._norms.values()) ** 0.5
         assert self._clip is not None
         self._rule.norm_known(min(1.0, self._clip / (norm + 1e-6)))
+        self._start_replies()
 
     # --- what is sent -----------------------------------------------------------------------------------------------
     def _options(self, shard: Shard, worker: int) -> dict[str, Any]:
@@ -197,9 +207,10 @@ class Stage:
         if worker in self._gone:
             return
         if isinstance(shard, Table):
+            if (shard.index, worker) in self._outgoing:  # Read long ago, or its worker would not have pushed again.
+                _end(self._outgoing[shard.index, worker])
             packed = shard.outgoing(worker)
-            self._outgoing.append(self._seat.down.send(packed, to=rank, tag=protocol.tag(shard.index)))
-            self._kept.append(packed)
+            self._outgoing[shard.index, worker] = self._seat.down.send(packed, to=rank, tag=protocol.tag(shard.index))
             self.bytes_out += packed.nbytes
             self.sparse_bytes += packed.nbytes
             self.dense_bytes += shard.parameter.nbytes
@@ -207,22 +218,48 @@ class Stage:
         assert isinstance(shard, Flat)
         self._finish_reply(shard, worker)
         tensor = shard.outgoing(worker)
-        request = self._senders.get((shard.index, worker))
-        if request is None:
+        if (shard.index, worker) not in self._senders:
             request = self._seat.down.sender(tensor, to=rank, tag=protocol.tag(shard.index))
             self._senders[shard.index, worker] = request
-        try:
-            request.Start()
-        except Exception as error:
-            if not is_loss(error):
-                raise
         self.bytes_out += tensor.nbytes
+        urgency = self._urgency[worker].get(shard.index, shard.index)
+        self._lanes.put(worker, (shard, worker), nbytes=tensor.nbytes, urgency=urgency)
+
+    def _start_replies(self) -> None:
+        """Let go the replies that are most urgent to their workers, as far as the windows allow."""
+        while (taken := self._lanes.take()) is not None:
+            shard, worker = taken
+            try:
+                self._senders[shard.index, worker].Start()
+            except Exception as error:
+                if not is_loss(error):
+                    raise
+            self._replying[shard.index, worker] = self._senders[shard.index, worker]
+
+    def _note_replied(self) -> bool:
+        if not self._replying:
+            return False
+        keys = list(self._replying)
+        sent = [keys[position] for position in finished(list(self._replying.values()))]
+        for index, worker in sent:
+            del self._replying[index, worker]
+            self._lanes.landed(worker, nbytes=self.shards[index].parameter.nbytes)
+        if sent:
+            self._start_replies()
+        return bool(sent)
+
+    def prefer(self, worker: int, chunks: Sequence[int]) -> None:
+        """A worker has seen in which order its forward pass needs its chunks: replies leave in that order from now on."""
+        self._urgency[worker] = {chunk: number for number, chunk in enumerate(chunks)}
 
     def _finish_reply(self, shard: Shard, worker: int) -> None:
         """The last one has been read by its worker, or it would not have pushed again; MPI wants to be asked."""
-        request = self._senders.get((shard.index, worker))
-        if request is not None:
-            _end(request)
+
+        def gone() -> bool:
+            self._note_replied()
+            return (shard.index, worker) not in self._replying
+
+        wait_until(gone)
 
     def _answer(self, worker: int, flags: Sequence[float]) -> None:
         self._answers[worker].copy_(torch.tensor(flags, dtype=torch.float64))
@@ -233,6 +270,7 @@ class Stage:
         for shard in self.shards.values():
             shard.read_at[worker] = shard.updates
             self._reply(shard, worker)
+        self._start_replies()
 
     def give_state(self, source: int) -> None:
         """The optimizer's state of every chunk: numbers as JSON, then the arrays in the order that it names."""
@@ -262,7 +300,7 @@ class Stage:
 
     def end(self) -> None:
         """Let go of the messages."""
-        for request in self._outgoing:
+        for request in self._outgoing.values():
             _end(request)
         for (_, worker), request in self._senders.items():
             _end(request)

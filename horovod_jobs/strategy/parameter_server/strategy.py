@@ -9,13 +9,14 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, ClassVar
 
 from horovod_jobs.comm.connect import GLOO_REMEDY
-from horovod_jobs.comm.roles import Roles, roles_of
-from horovod_jobs.errors import ConfigError
+from horovod_jobs.comm.roles import NO_THREADS, Roles, roles_of, threads_may_call_mpi
+from horovod_jobs.errors import ConfigError, SetupError
 from horovod_jobs.strategy.base import Setting, Updater
 
 if TYPE_CHECKING:
     import torch
 
+_CYCLE_MS = 10
 _CHOICES = {"consistency": ("sync", "async", "ssp"), "averaging": ("gradients", "weights")}
 
 
@@ -30,7 +31,7 @@ class ParameterServer:
         averaging: ``gradients``: servers step; ``weights``: workers step, servers average their weights.
         period: with ``weights``, steps between averages.
         chunk_kb: largest message in KiB.
-        window_kb: how much of a worker's gradients is on its way at a time, in KiB.
+        window_kb: how much of a worker's gradients, or of a server's replies, is on its way to each receiver at a time, in KiB.
 
     Raises:
         ConfigError: a value that cannot be used.
@@ -88,8 +89,16 @@ class ParameterServer:
         return self.consistency != "sync" and self.dedicated_servers > 0
 
     def environment(self) -> dict[str, str]:
-        """Nothing that Horovod reads."""
+        """Nothing that Horovod must read."""
         return {}
+
+    def preferred_environment(self) -> dict[str, str]:
+        """A long cycle of Horovod's.
+
+        In every cycle its thread holds a collective of all ranks, which waits on links that are full of pushes and pulls, and takes
+        a core meanwhile. Here it has next to nothing to do: what is exchanged in every step goes by MPI itself.
+        """
+        return {"HOROVOD_CYCLE_TIME": str(_CYCLE_MS)}
 
     def bind(
         self,
@@ -101,6 +110,7 @@ class ParameterServer:
 
         Raises:
             ConfigError: no servers in this world, an optimizer that cannot be cut into pieces, or a stage that needs lock step.
+            SetupError: this MPI does not let several threads call it.
         """
         from horovod_jobs.strategy.parameter_server.binding import Terms
         from horovod_jobs.strategy.parameter_server.rows import Slices, sparse_parameters
@@ -130,7 +140,9 @@ class ParameterServer:
             Slices(len(layout.chunks) + number, group, parameter, len(servers))
             for number, (group, parameter) in enumerate(pair for pair in trained if id(pair[1]) in sparse)
         ]
-        terms = Terms(self.consistency, self.staleness, self.averaging, self.period, setting.clip_norm)
+        terms = Terms(
+            self.consistency, self.staleness, self.averaging, self.period, setting.clip_norm, self.window_kb * 1024
+        )
         module = type(optimizer).__module__
         here = (
             None
@@ -139,7 +151,6 @@ class ParameterServer:
         )
         return ParameterServerUpdater(
             optimizer, parameters, setting, tables=tables, terms=terms, layout=layout, seat=seat, here=here,
-            window_bytes=self.window_kb * 1024,
         )  # fmt: skip
 
     def _check(self, setting: Setting) -> Roles:
@@ -156,6 +167,10 @@ class ParameterServer:
                 f"strategy.servers={self.servers} in a world with {len(roles.server_ranks)} ranks that only serve; roles are given "
                 "when a world starts, so use the same number in every stage and job of it"
             )
+        if (
+            not threads_may_call_mpi()
+        ):  # Asked here as well: with colocated servers nobody was set aside when the world began.
+            raise SetupError(NO_THREADS)
         if setting.loss_scaled:
             raise ConfigError("fit.precision=fp16 scales losses, which strategy=parameter_server cannot undo; use bf16")
         if self.consistency != "sync":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,11 +18,12 @@ from horovod_jobs.strategy.parameter_server import binding, protocol
 from horovod_jobs.strategy.parameter_server.account import account, moved
 from horovod_jobs.strategy.parameter_server.binding import Holding, Terms
 from horovod_jobs.strategy.parameter_server.companions import Flags, Host, Losses
-from horovod_jobs.strategy.parameter_server.courier import Courier
+from horovod_jobs.strategy.parameter_server.courier import Courier, Driver
 from horovod_jobs.strategy.parameter_server.gates import Gates
 from horovod_jobs.strategy.parameter_server.rows import RowCourier, Slices
 from horovod_jobs.strategy.parameter_server.server import Server
 from horovod_jobs.strategy.parameter_server.sharding import Layout
+from horovod_jobs.strategy.parameter_server.shards import squared_norm
 from horovod_jobs.strategy.parameter_server.stage import Seat
 
 _FAREWELL_S = 10.0
@@ -39,7 +41,7 @@ class ParameterServerUpdater(Updater):
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, parameters: Sequence[tuple[int, torch.nn.Parameter]], setting: Setting, *,
-        tables: Sequence[Slices], terms: Terms, layout: Layout, seat: Seat, here: Server | None, window_bytes: int,
+        tables: Sequence[Slices], terms: Terms, layout: Layout, seat: Seat, here: Server | None,
     ) -> None:  # fmt: skip
         super().__init__(optimizer, setting)
         self._terms, self._layout, self._seat, self._tables = terms, layout, seat, list(tables)
@@ -54,17 +56,19 @@ class ParameterServerUpdater(Updater):
         self._next = 1  # the step that is made, or between two the one to come
         self._behind = False  # this worker's weights have moved since they were pushed
         self._dropped = 0
+        self._exchange_s = 0.0
         self._report: list[dict[str, Any]] = []
         self._losses = Losses(seat, endures=not self.lockstep, tells=self.world.is_main)
         self._host = Host(here) if here is not None else None
+        self._driver: Driver | None = None
         try:
-            self._begin(parameters, window_bytes)
+            self._begin(parameters)
         except BaseException:
             if self._host is not None:
                 self._host.stop()
             raise
 
-    def _begin(self, parameters: Sequence[tuple[int, torch.nn.Parameter]], window_bytes: int) -> None:
+    def _begin(self, parameters: Sequence[tuple[int, torch.nn.Parameter]]) -> None:
         seat, setting = self._seat, self.setting
         with self.world.agreed("parameter_server.bind"):
             self._holding = Holding(self.optimizer, parameters, self._layout, self._terms, self._tables)
@@ -72,16 +76,21 @@ class ParameterServerUpdater(Updater):
                 binding.begin(seat.up, seat.down, self._holding, servers=seat.servers, workers=seat.workers)
         if not self._weights:
             self.optimizer.state.clear()  # The servers hold it now.
+        number = seat.workers.index(seat.me)
         self._courier = Courier(
-            seat.up, seat.down, self._layout, self._dense, servers=seat.servers, window_bytes=window_bytes, check=self._check
+            seat.up, seat.down, self._layout, self._dense, servers=seat.servers, window_bytes=self._terms.window_bytes,
+            # The server after one's own, so that no server gets all first chunks at once.
+            first=number + (self._host is not None), check=self._check,
         )  # fmt: skip
-        self._rows = RowCourier(seat.up, seat.down, self._tables, servers=seat.servers, check=self._courier.poke)
+        if self._host is not None:
+            self._host.drive(self._courier)
+        else:
+            self._driver = Driver(self._courier)
+        self._rows = RowCourier(seat.up, seat.down, self._tables, servers=seat.servers, check=self._check)
         dials = self._holding.dials
         self._head = torch.zeros(1 + dials.count, dtype=torch.float64)
         self._heads = [seat.up.sender(self._head, to=rank, tag=protocol.HEAD) for rank in seat.servers]
-        self._flags = Flags(
-            seat.up, seat.down, server=seat.servers[0], workers=len(seat.workers), check=self._courier.poke
-        )
+        self._flags = Flags(seat.up, seat.down, server=seat.servers[0], workers=len(seat.workers), check=self._check)
         self._passes = [0] * len(self._parameters)
         self._staged = [False] * len(self._parameters)
         self._hooks: list[Any] = []
@@ -93,7 +102,11 @@ class ParameterServerUpdater(Updater):
         everything = range(len(self._parameters))
         self._all = list(everything)
         lazy = not setting.averages_weights
-        self._gates = Gates(setting.model, self._parameters, fetch=self._fetch) if lazy and setting.model else None
+        self._gates = (
+            Gates(setting.model, self._parameters, fetch=self._fetch, seen=self._prefer)
+            if lazy and setting.model
+            else None
+        )
 
     def _check(self) -> None:
         if self._host is not None and self._host.error is not None:
@@ -103,17 +116,29 @@ class ParameterServerUpdater(Updater):
         self._losses.look()
 
     @property
+    def exchange_s(self) -> float:
+        return self._exchange_s
+
+    @property
     def lost(self) -> list[dict[str, Any]]:
         """Workers that have died in this stage."""
         return self._losses.found
 
     def _fetch(self, indices: Sequence[int]) -> None:
         """Wait until these parameters are back."""
-        dense = len(self._dense)
+        dense, start = len(self._dense), time.perf_counter()
         self._courier.fetch([index for index in indices if index < dense] if self._tables else indices)
         for index in indices:
             if index >= dense:
                 self._rows.fetch(index - dense)
+        self._exchange_s += time.perf_counter() - start
+
+    def _prefer(self, order: Sequence[int]) -> None:
+        """The first forward pass has shown in which order it needs parameters: pushes and replies follow it."""
+        urgent = self._courier.prefer([index for index in order if index < len(self._dense)])
+        for server, rank in enumerate(self._seat.servers):
+            chunks = [chunk for chunk in urgent if self._layout.chunks[chunk].server == server]
+            self._seat.up.send_json({"op": "order", "chunks": chunks}, to=rank)
 
     # --- who works --------------------------------------------------------------------------------------------------
     def _members(self) -> list[int]:
@@ -155,11 +180,13 @@ class ParameterServerUpdater(Updater):
     def _push_gradient(self, index: int) -> None:
         self._staged[index] = True
         grad, dense, guard = self._parameters[index].grad, len(self._dense), not self.lockstep
+        start = time.perf_counter()
         sound = (
             self._courier.stage(index, grad, guard=guard)
             if index < dense
             else self._rows.push(index - dense, grad, guard=guard)
         )
+        self._exchange_s += time.perf_counter() - start
         if not sound:
             self._drop()
 
@@ -179,12 +206,11 @@ class ParameterServerUpdater(Updater):
         return self._flags.tell(values, step=self._step, hold=hold)
 
     def synchronize(self) -> None:
-        """Push what is not yet on its way. It does not wait for parameters."""
+        """Push what has not been pushed. It waits for nothing: gradients leave while the next step begins."""
         if self._eager:
             for index in self._all:
                 if not self._staged[index]:
                     self._push_gradient(index)
-            self._courier.flush()
 
     def step(self) -> None:
         """The servers update. Here are only local steps (``averaging=weights``) and clipping of a push that is alone."""
@@ -194,7 +220,6 @@ class ParameterServerUpdater(Updater):
             self._clip_own()
             for index in self._all:
                 self._push_gradient(index)
-            self._courier.flush()
         if self._gates is None:
             self._fetch(self._all)
 
@@ -214,7 +239,7 @@ class ParameterServerUpdater(Updater):
         assert self.setting.clip_norm is not None
         grads = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         grads = [grad.coalesce().values() if grad.is_sparse else grad for grad in grads]
-        norm = sum(self._at_work()) * float(sum(float(grad.double().square().sum()) for grad in grads)) ** 0.5
+        norm = sum(self._at_work()) * sum(squared_norm(grad) for grad in grads) ** 0.5
         scale = min(1.0, self.setting.clip_norm / (norm + 1e-6))
         for parameter in self._parameters:
             if parameter.grad is not None:
@@ -233,7 +258,6 @@ class ParameterServerUpdater(Updater):
             value, last = self._parameters[index].detach(), self._courier.last(index)
             if not self._courier.stage(index, value, otherwise=last, guard=not self.lockstep):
                 self._drop()
-        self._courier.flush()
         self._behind = False
 
     # --- the same everywhere ----------------------------------------------------------------------------------------
@@ -302,6 +326,8 @@ class ParameterServerUpdater(Updater):
             if not isinstance(error, WorldError) and not is_loss(error):
                 raise
             home = False  # A server has died, which is being told already.
+        if self._driver is not None:
+            self._driver.stop()
         if home and self.world.is_main:
             self._report = [self._ask_report(rank) for rank in self._seat.servers]
             _log.info("parameter server: %s", moved(self._report))

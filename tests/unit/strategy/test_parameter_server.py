@@ -18,7 +18,7 @@ from horovod_jobs.strategy.base import Setting
 from horovod_jobs.strategy.parameter_server import ParameterServer, rules
 from horovod_jobs.strategy.parameter_server.coordinator import Coordinator
 from horovod_jobs.strategy.parameter_server.gates import Gates
-from horovod_jobs.strategy.parameter_server.protocol import Dials, pack_rows, unpack_rows
+from horovod_jobs.strategy.parameter_server.protocol import Dials, Room, pack_rows, unpack_rows
 from horovod_jobs.strategy.parameter_server.sharding import deal, make_layout
 from horovod_jobs.strategy.parameter_server.shards import Bounded, Flat, Shard, Table
 
@@ -162,10 +162,15 @@ def test_a_worker_is_sent_the_rows_that_changed_since_it_read(cls: Any) -> None:
     target = rules.sparse_target(rules.target_of(plain))
     optimizer = rules.make(target, rules.options_of(plain.param_groups[0]), parameter)
     table = Table(0, 0, parameter, optimizer, workers=2)
-    empty = pack_rows(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4))
+
+    def push(worker: int, ids: list[int]) -> None:
+        numbers = torch.tensor(ids, dtype=torch.int64)
+        packed = pack_rows(numbers, torch.ones(len(ids), 4), torch.arange(len(ids)), Room())
+        table.take(worker, packed.numel()).copy_(packed)
+
     for ids in ([3, 1], [3, 7], []):
-        table.take(0, pack_rows(torch.tensor(ids, dtype=torch.int64), torch.ones(len(ids), 4)))
-        table.take(1, empty)
+        push(0, ids)
+        push(1, [])
         table.apply(table.combine(mean=False))
         mine, rows = unpack_rows(table.outgoing(0), dim=4, dtype=torch.float32)
         assert mine.tolist() == sorted(ids)
@@ -173,7 +178,7 @@ def test_a_worker_is_sent_the_rows_that_changed_since_it_read(cls: Any) -> None:
         assert not len(ids) or bool((rows < 0).all())
     late, _ = unpack_rows(table.outgoing(1), dim=4, dtype=torch.float32)
     assert late.tolist() == [1, 3, 7]
-    assert torch.equal(table.outgoing(1), empty)
+    assert table.outgoing(1).numel() == 0
 
 
 # --- the same step for all ---------------------------------------------------------------------------------------------
@@ -229,20 +234,25 @@ class Tied(nn.Module):
 
 
 def test_parameters_are_waited_for_where_they_are_first_read() -> None:
-    model, asked = Tied(), list[list[str]]()
+    model, asked, seen = Tied(), list[list[str]](), list[str]()
     named = list(model.named_parameters())
     gates = Gates(
         model,
         [parameter for _, parameter in named],
         fetch=lambda items: asked.append([named[index][0] for index in items]),
+        seen=lambda items: seen.extend(named[index][0] for index in items),
     )
     inputs = torch.randn(2, 3, 4)
     wanted = model(inputs)
     assert len(asked[0]) == len(named), "the first pass waits for everything, and is watched"
     asked.clear()
     assert torch.equal(model(inputs), wanted)
-    at_once = {"late.weight", "attention.out_proj.weight", "attention.out_proj.bias"}
-    assert set(asked[0]) == at_once
+    at_once = ["late.weight", "attention.out_proj.weight", "attention.out_proj.bias"]
+    assert asked[0] == at_once, "in the order in which they are read"
+    assert seen[: len(at_once)] == at_once
+    assert seen[3:6] == ["early.weight", "early.bias", "attention.in_proj_weight"]
+    assert seen[-2:] == ["last.weight", "last.bias"]
+    assert sorted(seen) == sorted(name for name, _ in named)
     assert asked[1] == ["early.weight", "early.bias"]
     assert asked[2][:1] == ["attention.in_proj_weight"]
     assert asked[-1] == ["last.weight", "last.bias"]
@@ -252,10 +262,32 @@ def test_parameters_are_waited_for_where_they_are_first_read() -> None:
     assert asked == []
 
 
+class Backwards(nn.Module):
+    """Its last layer is registered first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.stem = nn.Linear(4, 2), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.stem(x))
+        return out
+
+
+def test_the_order_of_the_forward_pass_is_seen_whatever_the_model_registers_first() -> None:
+    model, orders = Backwards(), list[list[int]]()
+    Gates(model, list(model.parameters()), fetch=lambda items: None, seen=lambda items: orders.append(list(items)))
+    for _ in range(2):
+        model(torch.zeros(1, 4))
+    assert orders == [[2, 3, 0, 1]], "told once"
+
+
 def test_a_compiled_model_gets_everything_at_the_beginning() -> None:
     model, asked = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), list[int]()
     model[0].compile(backend="eager")
-    gates = Gates(model, list(model.parameters()), fetch=lambda items: asked.append(len(items)))
+    gates = Gates(
+        model, list(model.parameters()), fetch=lambda items: asked.append(len(items)), seen=lambda items: None
+    )
     model[1](torch.zeros(1, 2))
     assert asked == []
     assert gates.at_the_beginning == 4

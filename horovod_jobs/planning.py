@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from horovod_jobs.artifacts import Artifact, ArtifactStore, open_artifact
-from horovod_jobs.bundle import read_config
+from horovod_jobs.bundle import RUNTIMES, read_config
 from horovod_jobs.comm.world import World
 from horovod_jobs.config import (
     DistillStage,
@@ -125,6 +125,8 @@ def _check_stage(node: Node, prepared: Prepared, world: World) -> None:
     if isinstance(stage, EvaluateStage):
         if stage.split not in ("test", "validation", "train"):
             raise ConfigError(f"{where}.split={stage.split} is not a split; use test, validation or train")
+        if stage.format is not None and stage.format not in RUNTIMES:
+            raise ConfigError(f"{where}.format={stage.format} is not known; use {' or '.join(RUNTIMES)}, or null")
         if getattr(prepared.data, stage.split) is None:
             raise DataError(f"{where}.split={stage.split}: the data set has no such split; use test or train")
     prepared.task_of(node)

@@ -63,6 +63,12 @@ class Traffic:
             "bytes_uncompressed_by_ring": whole.ring_bytes,
         }
 
+    def take(self, other: Traffic) -> None:
+        """Count what another has counted, which begins again."""
+        for name, value in asdict(other).items():
+            setattr(self, name, getattr(self, name) + value)
+            setattr(other, name, 0)
+
     def to_json(self) -> dict[str, int]:
         return asdict(self)
 

@@ -182,11 +182,11 @@ class LocalSgdUpdater(Updater):
         """
         import torch
 
-        self._traffic.steps += 1
         if self._exchange is not None:
             self._exchange.synchronize()
-            self._traffic.count_allreduce(self._gradient_bytes, ranks=self.world.size)
+            self._traffic.take(self._exchange.traffic)
             return
+        self._traffic.steps += 1
         for parameter in self._parameters:
             if parameter.grad is None:  # As Horovod does: or optimizer states would have other entries on other ranks.
                 parameter.grad = torch.zeros_like(parameter)

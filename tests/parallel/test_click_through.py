@@ -173,3 +173,13 @@ def test_what_was_trained_can_be_loaded_and_takes_ids(world: World, shared_dir: 
     assert (model.input_dtype, model.fields) == ("int64", tuple(tuple(field) for field in FIELDS))
     assert model(clicks(5, seed=9).inputs).shape == (5, 2)
     world.barrier(name="test.read")
+
+
+def test_local_sgd_counts_the_rows_that_its_first_steps_sent(world: World, shared_dir: Path) -> None:
+    """All steps are all-reduce's own, so the bytes are, too."""
+    local = {"_target_": "horovod_jobs.strategy.local_sgd.LocalSgd", "period": 3, "start_step": 1000}
+    _, straight = run(shared_dir / "a", world, sparse=True, epochs=1, sync_batchnorm=False)
+    _, result = run(shared_dir / "b", world, sparse=True, epochs=1, strategy=local, sync_batchnorm=False)
+    ours, theirs = (found.details["exchange"] for found in (result, straight))
+    assert ours["bytes_sent"] == theirs["bytes_sent"]
+    assert world.size == 1 or 0 < ours["bytes_sent"] < ours["bytes_uncompressed"] / 4

@@ -10,7 +10,7 @@ export VENV
 BIN := $(abspath $(VENV))/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-cluster check bench clean
+.PHONY: help install run test test-cluster check bench picture clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -44,6 +44,9 @@ bench: install ## every figure that the README quotes; takes long, wants a quiet
 	  esac; \
 	  echo "== $$name"; $(BIN)/python -m benchmarks.$$name; \
 	done
+
+picture: ## docs/images/report.png, from the newest run's report (needs Chromium)
+	$(BIN)/python docs/images/screenshot.py runs/latest/report.html
 
 clean: ## remove what tools leave behind; the environment, runs and artifacts stay
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -9,6 +9,7 @@ from typing import Any
 
 from horovod_jobs.artifacts import INDEX, Artifact, open_artifact
 from horovod_jobs.errors import ArtifactError, ConfigError
+from horovod_jobs.preprocessing import Preprocessing
 
 WEIGHTS = "model.safetensors"
 ONNX_FILE = "model.onnx"
@@ -30,12 +31,27 @@ class ModelConfig:
     directory: Path
     input_dtype: str = "float32"
     fields: tuple[tuple[str, int, int], ...] = ()  # (name, number of ids, columns), where inputs are rows of ids
+    preprocessing: Preprocessing | None = None  # of raw samples, where the data set told it
 
     @property
     def model_arguments(self) -> dict[str, Any]:
         """What the model's constructor is offered besides its config."""
         known = {"num_classes": self.num_classes, "input_shape": self.input_shape}
         return {**known, "fields": self.fields} if self.fields else known
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``read_config`` reads back."""
+        return {
+            "format": self.format,
+            "model": self.model,
+            "num_classes": self.num_classes,
+            "input_shape": list(self.input_shape),
+            "input_dtype": self.input_dtype,
+            **({"fields": [list(field) for field in self.fields]} if self.fields else {}),
+            **({"preprocessing": self.preprocessing.to_json()} if self.preprocessing else {}),
+            "class_names": list(self.class_names),
+            "parameters": self.parameters,
+        }
 
     @property
     def file(self) -> Path:
@@ -123,6 +139,7 @@ def _read_directory(directory: Path, *, verify: bool = False) -> ModelConfig:
             directory=directory,
             input_dtype=dtype,
             fields=tuple((str(name), int(size), int(columns)) for name, size, columns in raw.get("fields", ())),
+            preprocessing=Preprocessing.of(raw["preprocessing"]) if raw.get("preprocessing") else None,
         )
     except FileNotFoundError as error:
         raise ArtifactError(

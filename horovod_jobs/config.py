@@ -159,7 +159,8 @@ class ReportStage(StageConfig):
     REUSE: ClassVar[bool] = False
 
     kind: str = "report"
-    title: str = "${name}"
+    title: str = "${title}"
+    license: str = "unknown"  # of the model, for its card; one of the hub's ids, such as apache-2.0
 
 
 STAGES: dict[str, type[StageConfig]] = {
@@ -331,6 +332,7 @@ class JobConfig:
     """The whole job."""
 
     name: str = "job"
+    title: str = "${name}"  # what people read: the heading of the report
     seed: int = 0
     plan: bool = False  # print what would run and stop
     allow_targets: list[str] = field(default_factory=list)  # modules of yours whose classes a _target_ may name

@@ -66,12 +66,17 @@ def significant(value: float | None, *, digits: int = 3) -> str:
     return text.replace("-", "−")
 
 
+def three_digits(value: float | None) -> str:
+    """A number with three significant digits, its zeros too, so that a column of them reads as one: 0.61 -> "0.610"."""
+    if value is None or value == 0:
+        return significant(value)
+    text = f"{value:#.3g}"
+    return significant(value) if "e" in text else text.rstrip(".").replace("-", "−")
+
+
 def milliseconds(value: float | None) -> str:
-    """A latency's number, in ms, with three significant digits."""
-    if value is None:
-        return DASH
-    text = f"{value:#.3g}"  # With its zeros, so that a column of them reads as one.
-    return significant(value) if "e" in text else text.rstrip(".")
+    """A latency's number, in ms."""
+    return three_digits(value)
 
 
 def energy_unit(values_kwh: Iterable[float | None]) -> tuple[str, float]:
@@ -86,12 +91,12 @@ def mass_unit(values_kg: Iterable[float | None]) -> tuple[str, float]:
 
 def money_unit(values_usd: Iterable[float | None]) -> tuple[str, float]:
     """The unit of a column of amounts and the factor from US dollars."""
-    return _unit(values_usd, (("USD", 1.0),))
+    return _unit(values_usd, (("USD", 1.0), ("mUSD", 1e3), ("µUSD", 1e6)))
 
 
 def scaled(value: float | None, factor: float) -> str:
     """A figure in a column's unit."""
-    return DASH if value is None else significant(value * factor)
+    return DASH if value is None else three_digits(value * factor)
 
 
 def energy(value_kwh: float | None) -> str:
@@ -105,12 +110,12 @@ def mass(value_kg: float | None) -> str:
 
 
 def money(value_usd: float | None) -> str:
-    """One amount with its unit: 0.002 -> "0.002 USD"."""
+    """One amount with its unit: 0.002 -> "2 mUSD"."""
     return _with_unit(value_usd, money_unit([value_usd]))
 
 
 def _with_unit(value: float | None, unit: tuple[str, float]) -> str:
-    return DASH if value is None else f"{scaled(value, unit[1])} {unit[0]}"
+    return DASH if value is None else f"{significant(value * unit[1])} {unit[0]}"
 
 
 def _unit(values: Iterable[float | None], units: tuple[tuple[str, float], ...]) -> tuple[str, float]:

@@ -117,6 +117,17 @@ def time_calls(call: Callable[[], Any], *, runs: int) -> dict[str, float]:
     return {"p50": float(p50), "p95": float(p95)}
 
 
+def cpu_name() -> str:
+    """The CPU's name: what a latency depends on."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as stream:
+            return next(
+                (line.split(":", 1)[1].strip() for line in stream if line.startswith("model name")), "unknown CPU"
+            )
+    except OSError:
+        return "unknown CPU"
+
+
 def peak_memory_bytes() -> int:
     """The largest resident size of this process so far.
 
@@ -160,6 +171,7 @@ def _measure_here(arguments: argparse.Namespace) -> dict[str, Any]:
         "peak_memory_bytes": peak,
         "model_memory_bytes": max(0, peak - idle_bytes),
         "format": config.format,
+        "cpu": cpu_name(),
         "threads": arguments.threads,
         "runs": arguments.runs,
         "inputs": "samples" if arguments.samples else "random normal" if samples.dtype == np.float32 else "zeros",

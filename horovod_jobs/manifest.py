@@ -66,9 +66,15 @@ class Totals(Spent):
     artifacts: Spent
 
 
-class Manifest(TypedDict):
-    """The whole of ``manifest.json``."""
+class Origin(TypedDict):
+    """What it takes, beside the command, to repeat a run."""
 
+    data_digest: str
+    git_commit: str | None
+    environment: dict[str, str]
+
+
+class _Whole(TypedDict):
     schema_version: int
     run_id: str
     name: str
@@ -84,6 +90,12 @@ class Manifest(TypedDict):
     config_digest: str
     stages: list[StageEntry]
     totals: Totals
+
+
+class Manifest(_Whole, total=False):
+    """The whole of ``manifest.json``. A run of an older version has no ``origin``."""
+
+    origin: Origin
 
 
 def schema() -> dict[str, Any]:

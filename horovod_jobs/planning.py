@@ -22,6 +22,7 @@ from horovod_jobs.footprint import Meter, NullMeter
 from horovod_jobs.graph import Node, build, check_external, fingerprint, is_external
 from horovod_jobs.instantiate import accepted, code_digests, instantiate, is_node, locate
 from horovod_jobs.job import Job
+from horovod_jobs.latency import cpu_name
 from horovod_jobs.stages.base import StageContext, StageResult
 from horovod_jobs.tracking import NullTracker, Tracker
 from horovod_jobs.turns import in_turns, keys_of, strategy_counts_ranks, whole_because
@@ -203,7 +204,7 @@ def plan(job: Job, world: World, store: ArtifactStore, prepared: Prepared) -> li
     """Collective. Decide about every stage, in the graph's order. Rank 0 looks into the store and checks every file."""
     prints = {source: artifact.fingerprint for source, artifact in prepared.externals.items()}
     planned = []
-    machine = world.broadcast_json(_machine(), name="plan.machine")
+    machine = world.broadcast_json(cpu_name(), name="plan.machine")
     for node in prepared.nodes:
         if node.off is not None:
             planned.append(Planned(node, "skip", node.off))
@@ -255,17 +256,6 @@ def _decide(node: Node, print_: str, store: ArtifactStore, world: World) -> Plan
     if artifact is None:
         return Planned(node, "run", why, print_)
     return Planned(node, "reuse", f"{artifact.ref} is there", print_, artifact)
-
-
-def _machine() -> str:
-    """The CPU's name: what a latency depends on."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as stream:
-            return next(
-                (line.split(":", 1)[1].strip() for line in stream if line.startswith("model name")), "unknown CPU"
-            )
-    except OSError:
-        return "unknown CPU"
 
 
 def table(planned: list[Planned]) -> Any:

@@ -2,7 +2,8 @@
 
     import horovod_jobs
     model = horovod_jobs.load("runs/latest:student")
-    logits = model(inputs)                              # [B, *model.input_shape] -> float32 [B, model.num_classes]
+    inputs = model.prepare(pictures)                    # raw samples, uint8 [B, 28, 28] say -> [B, *model.input_shape]
+    logits = model(inputs)                              # float32 [B, model.num_classes]
 
 Torch is imported when a call needs it, so that a process which only runs ONNX does not carry it.
 """
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from horovod_jobs.bundle import CONFIG, WEIGHTS, ModelConfig, read_config
 from horovod_jobs.errors import ArtifactError, ConfigError, DataError, SetupError
+from horovod_jobs.preprocessing import Preprocessing, prepare
 from horovod_jobs.storage import write_json
 
 if TYPE_CHECKING:
@@ -30,7 +32,8 @@ if TYPE_CHECKING:
 class Predictor(Protocol):
     """A model that is ready to predict, whatever runs it.
 
-    ``format`` is ``torch`` or ``onnx``; ``parameters`` counts those of the model as it was trained.
+    ``format`` is ``torch`` or ``onnx``; ``parameters`` counts those of the model as it was trained; ``preprocessing`` is
+    None where the data set did not tell it.
     """
 
     format: str
@@ -40,6 +43,15 @@ class Predictor(Protocol):
     num_classes: int
     class_names: tuple[str, ...]
     parameters: int
+    preprocessing: Preprocessing | None
+
+    def prepare(self, raw: Any) -> Tensor:
+        """Raw samples (a tensor or array, as the data set holds them) as inputs; see ``preprocessing.prepare``.
+
+        Raises:
+            DataError: it is not known how, the shape is another, or fractions came where bytes are due.
+        """
+        ...
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Logits ``[B, num_classes]`` (float32, CPU) of inputs ``[B, *input_shape]`` (``input_dtype``); B may be 0.
@@ -60,11 +72,12 @@ def save_model(
     class_names: Sequence[str],
     input_dtype: str = "float32",
     fields: Sequence[tuple[str, int, int]] = (),
+    preprocessing: Preprocessing | None = None,
 ) -> None:
     """Write model.safetensors and config.json, from which ``load`` builds the model again.
 
-    ``model_node`` is the ``_target_`` node that built it; ``fields`` are those of the data set, if it has any. Tensors that
-    share memory are written once.
+    ``model_node`` is the ``_target_`` node that built it; ``fields`` and ``preprocessing`` are those of the data set, if it
+    has any. Tensors that share memory are written once.
 
     Raises:
         StorageError: no space or no permission.
@@ -79,17 +92,19 @@ def save_model(
         number = re.search(r"os error (\d+)", str(error))
         code = int(number[1]) if number else errno.EIO
         raise OSError(code, os.strerror(code) if number else str(error)) from error
-    config = {
-        "format": "torch",
-        "model": dict(model_node),
-        "num_classes": num_classes,
-        "input_shape": list(input_shape),
-        "input_dtype": input_dtype,
-        **({"fields": [list(field) for field in fields]} if fields else {}),
-        "class_names": list(class_names),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-    }
-    write_json(directory / CONFIG, config)
+    config = ModelConfig(
+        format="torch",
+        model=dict(model_node),
+        num_classes=num_classes,
+        input_shape=tuple(input_shape),
+        class_names=tuple(class_names),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        directory=directory,
+        input_dtype=input_dtype,
+        fields=tuple(fields),
+        preprocessing=preprocessing,
+    )
+    write_json(directory / CONFIG, config.to_json())
 
 
 def load_module(path: str | Path | Artifact, *, allow_targets: Sequence[str] = ()) -> nn.Module:
@@ -183,8 +198,13 @@ class TorchPredictor:
         self.input_shape, self.num_classes = config.input_shape, config.num_classes
         self.input_dtype, self.fields = config.input_dtype, config.fields
         self.class_names, self.parameters = config.class_names, config.parameters
+        self.preprocessing = config.preprocessing
         self.module = module.eval().to(device)
         self.device = device
+
+    def prepare(self, raw: Any) -> Tensor:
+        """See ``Predictor``."""
+        return prepare(raw, how=self.preprocessing, input_shape=self.input_shape)
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """See ``Predictor``."""
@@ -207,7 +227,12 @@ class OnnxPredictor:
         self.input_shape, self.num_classes = config.input_shape, config.num_classes
         self.input_dtype, self.fields = config.input_dtype, config.fields
         self.class_names, self.parameters = config.class_names, config.parameters
+        self.preprocessing = config.preprocessing
         self._session = open_session(config.file, threads=threads)
+
+    def prepare(self, raw: Any) -> Tensor:
+        """See ``Predictor``."""
+        return prepare(raw, how=self.preprocessing, input_shape=self.input_shape)
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """See ``Predictor``."""

@@ -28,7 +28,7 @@ def now() -> str:
 class Record:
     """A run's manifest. Where stages run side by side, two threads of rank 0 tell it things."""
 
-    def __init__(self, job: Job, world: World, *, run_dir: Path, command: list[str]) -> None:
+    def __init__(self, job: Job, world: World, *, run_dir: Path, command: list[str], origin: dict[str, Any]) -> None:
         self._run_dir, self._is_main, self._world = run_dir, world.is_main, world
         self._lock = threading.Lock()
         self._started = time.monotonic()
@@ -46,6 +46,7 @@ class Record:
             "world": {"size": world.size, "hosts": world.cross_size, "controller": world.controller},
             "versions": versions(),
             "config_digest": digest_of(job.resolved),
+            "origin": origin,
             "stages": [_empty_entry(name, stage.kind, stage.needs) for name, stage in job.stages.items()],
             "totals": {},
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import secrets
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -23,6 +24,7 @@ from horovod_jobs.instantiate import instantiate, is_node
 from horovod_jobs.interrupt import StopRequest
 from horovod_jobs.job import Job
 from horovod_jobs.lifecycle import Workplace, make
+from horovod_jobs.origin import origin
 from horovod_jobs.parallel import side_by_side
 from horovod_jobs.planning import Planned, Prepared, plan, prepare
 from horovod_jobs.pulse import Pulse
@@ -114,7 +116,9 @@ class Run:
                 run_dir / "events.jsonl" if self.world.is_main else None, echo=config.progress == "json"
             )
             stack.callback(self.events.close)
-            self.record = Record(self.job, self.world, run_dir=run_dir, command=self.command)
+            self.record = Record(
+                self.job, self.world, run_dir=run_dir, command=self.command, origin=self._origin(prepared)
+            )
             self._write()
             self.console = Console(is_main=self.world.is_main, mode=config.progress)
             if is_node(self.job.config.chaos):
@@ -155,6 +159,15 @@ class Run:
             elif steps:
                 made |= side_by_side(steps, prepared, made, place, self.record)
             twins |= {step.fingerprint: made[step.node.name] for step in steps}
+
+    def _origin(self, prepared: Prepared) -> dict[str, Any]:
+        """Collective: rank 0 asks git, and every rank keeps the same manifest."""
+
+        def look() -> dict[str, Any]:
+            allowed = self.job.config.allow_targets
+            return origin(Path.cwd(), environ=os.environ, allow_targets=allowed, data_digest=prepared.data.digest)
+
+        return self.world.main(look, name="run.origin")
 
     def _skipped(self, step: Planned) -> bool:
         if step.action == "skip":

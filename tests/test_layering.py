@@ -20,9 +20,9 @@ MODULES = {
 # From the bottom to the top: a module may import from its own floor and those below (docs of the design: app -> runner -> stages ->
 # training, distillation, quantization, report -> strategy -> comm, with artifacts, graph, errors and config at the bottom).
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "storage", "versions", "formats"),
+    ("errors", "storage", "versions", "formats", "preprocessing", "origin"),
     ("config", "artifacts", "instantiate", "bundle", "manifest", "console"),
-    ("graph", "limits", "schedule"),
+    ("graph", "limits", "schedule", "usage"),
     ("comm",),
     (
         "footprint",
@@ -53,7 +53,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 # Leaves: what a user may copy or replace. They import errors and each other's kind only.
 LEAVES = {
-    "data": ("errors", "data"),
+    "data": ("errors", "data", "preprocessing"),
     "models": ("errors", "models"),
     "tasks": ("errors", "tasks", "data.base"),
     "footprint": ("errors", "footprint", "comm.world", "storage"),

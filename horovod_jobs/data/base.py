@@ -11,6 +11,7 @@ from torch import Tensor
 
 from horovod_jobs.data.digest import content_digest, read_all
 from horovod_jobs.errors import DataError
+from horovod_jobs.preprocessing import Preprocessing, numbers
 
 
 @dataclass(frozen=True)
@@ -74,14 +75,12 @@ class TensorSplit:
         self._targets = _standard_targets(targets)
         self._mean, self._std = mean, std
         channels = inputs.shape[1] if inputs.ndim > 1 else 1
-        centre = _per_channel(mean, channels=channels, ndim=inputs.ndim, name="mean")
-        spread = _per_channel(std, channels=channels, ndim=inputs.ndim, name="std")
-        if not bool((spread > 0).all()):
+        centre = _per_channel(mean, channels=channels, name="mean")
+        spread = _per_channel(std, channels=channels, name="std")
+        if not all(value > 0 for value in (spread if isinstance(spread, tuple) else [spread])):
             raise DataError(f"std={std} is not positive; leave out channels that never change, or use 1")
-        unit = 255.0 if inputs.dtype == torch.uint8 else 1.0
-        # (x / unit - mean) / std as one multiplication and one addition, rounded once to float32.
-        self._scale = (1.0 / (unit * spread)).float()
-        self._offset = (-centre / spread).float()
+        self._how = Preprocessing(255.0 if inputs.dtype == torch.uint8 else 1.0, centre, spread)
+        self._scale, self._offset = self._how.factors(ndim=inputs.ndim)
 
     def __len__(self) -> int:
         return len(self._inputs)
@@ -90,6 +89,11 @@ class TensorSplit:
     def targets(self) -> Tensor:
         """All targets, ``[N]``."""
         return self._targets
+
+    @property
+    def preprocessing(self) -> Preprocessing | None:
+        """What ``fetch`` does to a sample; None where it does nothing: what was done before is then not known."""
+        return None if self._how == Preprocessing(1.0, 0.0, 1.0) else self._how
 
     def fetch(self, indices: Tensor) -> Batch:
         """Normalised float32 inputs ``[B, ...]`` of the samples at ``indices``."""
@@ -107,13 +111,14 @@ class MapSplit:
 
     Floating-point inputs and targets become float32, whole-number targets int64; whole-number inputs (token numbers)
     stay what they are. Random augmentation does not belong in the data set: give it as the module's ``augment``.
+    ``preprocessing`` says what the data set does to raw samples, for those who have no data set.
 
     Raises:
         DataError: no samples, or a sample that is not a pair of things that torch can put in a tensor.
     """
 
-    def __init__(self, dataset: Any, *, name: str = "split") -> None:
-        self._dataset, self._name = dataset, name
+    def __init__(self, dataset: Any, *, name: str = "split", preprocessing: Preprocessing | None = None) -> None:
+        self._dataset, self._name, self.preprocessing = dataset, name, preprocessing
         try:
             self._length = len(dataset)
         except TypeError as error:
@@ -188,6 +193,11 @@ class DataModule:
         return "float32" if dtype.is_floating_point else str(dtype).removeprefix("torch.")
 
     @property
+    def preprocessing(self) -> Preprocessing | None:
+        """What the training split does to a raw sample; None where it does not tell."""
+        return getattr(self.train, "preprocessing", None)
+
+    @property
     def model_arguments(self) -> dict[str, Any]:
         """What a model's constructor is offered besides its config."""
         known = {"num_classes": self.num_classes, "input_shape": tuple(self.input_shape)}
@@ -198,8 +208,9 @@ def as_data_module(obj: object, *, name: str) -> DataModule:
     """A data module from ``obj``: itself, or one made of a user's object.
 
     The object has ``train`` and ``test``, each a map-style data set of (input, target) pairs or a ``Split``, and
-    optionally ``validation``, ``num_classes``, ``class_names``, ``input_shape``, ``digest``, ``augment`` and ``fields``. What is
-    absent is found from the samples: ``num_classes`` is the largest training target + 1, and ``digest`` is a SHA-256
+    optionally ``validation``, ``num_classes``, ``class_names``, ``input_shape``, ``digest``, ``augment``, ``fields`` and
+    ``preprocessing`` (scale, mean and std of what its data sets do to a raw sample; see ``Preprocessing``). What
+    is absent is found from the samples: ``num_classes`` is the largest training target + 1, and ``digest`` is a SHA-256
     over the content of every sample of every split. Both read all samples once, so a large data set should give them.
 
     Raises:
@@ -244,11 +255,10 @@ def batches(split: Split, index_batches: Iterable[Tensor], *, workers: int = 0) 
     return (split.fetch(indices) for indices in index_batches)
 
 
-def _per_channel(value: float | Sequence[float], *, channels: int, ndim: int, name: str) -> Tensor:
+def _per_channel(value: float | Sequence[float], *, channels: int, name: str) -> float | tuple[float, ...]:
     if not isinstance(value, (int, float)) and len(value) != channels:
         raise DataError(f"{name} has {len(value)} numbers for {channels} channels; give one number, or one a channel")
-    numbers = torch.tensor(value, dtype=torch.float64)
-    return numbers if numbers.ndim == 0 else numbers.view(-1, *[1] * (ndim - 2))
+    return numbers(value)
 
 
 def _standard_targets(targets: Tensor) -> Tensor:
@@ -271,7 +281,17 @@ def _as_split(obj: object, part: str, *, name: str) -> Split:
             f"{part} of data set {name} is a {type(given).__name__}, which cannot be read by position; "
             "give a map-style data set with __len__ and __getitem__"
         )
-    return MapSplit(given, name=f"{name}.{part}")
+    return MapSplit(given, name=f"{name}.{part}", preprocessing=_preprocessing(obj, name=name))
+
+
+def _preprocessing(obj: object, *, name: str) -> Preprocessing | None:
+    given = getattr(obj, "preprocessing", None)
+    if given is None or isinstance(given, Preprocessing):
+        return given
+    try:
+        return Preprocessing.of(given)
+    except (ValueError, TypeError) as error:
+        raise DataError(f"data set {name}: {error}") from error
 
 
 def _num_classes(obj: object, train: Split, *, name: str) -> int:

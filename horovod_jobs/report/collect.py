@@ -50,13 +50,14 @@ class ModelRow:
     co2_kg: float | None
     cost_usd: float | None
     method: str | None
-    worst_class: str | None
+    worst_class: str | None  # "Shirt"; "class 2" where names are numbers
     class_names: list[str]
     per_class: list[float]
     confusion: list[list[int]]
     lineage: list[str]  # refs of the artifacts it descends from, itself last
     is_teacher: bool = False
     ref: str = ""
+    path: Path | None = None  # of its artifact, where that could be read
     hardware: str | None = None  # of the evaluation, where its latency was measured
     primary: str = "accuracy"  # the figure that models of this task are compared by
 
@@ -68,10 +69,12 @@ class ModelRow:
 
 @dataclass(frozen=True)
 class Curve:
-    """What one training stage recorded by epoch."""
+    """What one training stage recorded by epoch; ``label`` is the name of its model in the tables."""
 
     stage: str
     history: list[dict[str, Any]]
+    label: str
+    distilled: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,12 @@ class ReportData:
     models: list[ModelRow]
     curves: list[Curve]
     footprint: Mapping[str, Any] = field(default_factory=dict)  # carbon intensity, country, prices, hardware
+    license: str = "unknown"  # of the model, for its card
+
+    @property
+    def metered(self) -> bool:
+        """Whether the energy of any stage is known."""
+        return any(stage.entry["energy_kwh"] is not None for stage in self.stages)
 
     @property
     def status(self) -> str:
@@ -127,10 +136,16 @@ def collect(run_dir: str | Path, *, report_stage: str | None = None) -> ReportDa
     )
     finder = _Finder(store, stages, run_dir)
     models = [row for label, view in _evaluations(stages, report, finder) if (row := _row(label, view, finder))]
-    curves = [Curve(s.entry["name"], history) for s in stages if (history := _history(s))]
-    title = (config.get("stages") or {}).get(report["name"] if report else "", {}).get("title") or manifest["name"]
+    labels = {row.stage: row.label for row in reversed(models)}
+    curves = [
+        Curve(name, history, labels.get(name, name), s.entry["kind"] == "distill")
+        for s in stages
+        if (history := _history(s)) and (name := s.entry["name"])
+    ]
+    wanted = (config.get("stages") or {}).get(report["name"] if report else "", {})
     return ReportData(
-        title=str(title),
+        title=str(wanted.get("title") or config.get("title") or manifest["name"]),
+        license=str(wanted.get("license") or "unknown"),
         run_dir=run_dir,
         manifest=manifest,
         config=config,
@@ -251,7 +266,9 @@ def _row(label: str | None, view: StageView, finder: _Finder) -> ModelRow | None
         lineage=finder.lineage(ref),
         is_teacher=ref in finder.teachers,
         ref=ref,
-        hardware=(view.meta.get("footprint") or {}).get("details", {}).get("cpu_model"),
+        path=made.path if made else None,
+        hardware=(details.get("latency") or {}).get("cpu")
+        or (view.meta.get("footprint") or {}).get("details", {}).get("cpu_model"),  # Where older ones have it.
         primary=str(details.get("primary", "accuracy")),
     )
 
@@ -262,8 +279,10 @@ def _history(stage: StageView) -> list[dict[str, Any]]:
 
 def _name_of(worst: Any, names: list[str]) -> str | None:
     if isinstance(worst, int) and not isinstance(worst, bool) and 0 <= worst < len(names):
-        return names[worst]
-    return None if worst is None else str(worst)
+        worst = names[worst]
+    if worst is None:
+        return None
+    return f"class {worst}" if str(worst).isdigit() else str(worst)
 
 
 def _first(*values: Any) -> Any:

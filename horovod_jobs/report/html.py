@@ -8,7 +8,7 @@ from horovod_jobs import formats
 from horovod_jobs.report import drawing, plots, sharing, words
 from horovod_jobs.report.collect import ReportData, StageView
 from horovod_jobs.report.measures import measure
-from horovod_jobs.report.table import Table, main_table, methods_note
+from horovod_jobs.report.table import Table, main_table, methods_note, with_figures
 
 STATUS_WORDS = {"done": "done", "failed": "failed", "interrupted": "interrupted", "running": "not finished"}
 
@@ -84,14 +84,26 @@ def _context(data: ReportData) -> dict[str, Any]:
         "quality": measure(data.final.primary).title if data.final else "",
         "sentences": words.summary_sentences(data),
         "table": main_table(data) if data.models else None,
-        "notes": [n for n in (words.interval_note(data.models), methods_note(data), _latency_note(data)) if n],
+        "notes": [
+            n
+            for n in (_table_note(data), words.interval_note(data.models), methods_note(data), _latency_note(data))
+            if n
+        ],
+        "curves_note": plots.CURVES_NOTE if any(curve.distilled for curve in data.curves) else "",
         "bytes_note": words.bytes_note(data),
         "footprint_note": words.footprint_note(data),
         "stage_table": _stage_table(data),
         "problems": [stage.problem for stage in data.stages if stage.problem],
         "command": words.command_line(data),
+        "origin": words.origin_facts(data),
         "versions": {name: version or "not installed" for name, version in manifest["versions"].items()},
     }
+
+
+def _table_note(data: ReportData) -> str:
+    what = "Time, energy, CO2 and cost are" if data.metered else "Time is"
+    text = f"{what} of the stage that made the model."
+    return f"The shaded row is the final model, which the job led to. {text}" if len(data.models) > 1 else text
 
 
 def _latency_note(data: ReportData) -> str:
@@ -110,25 +122,26 @@ def _latency_note(data: ReportData) -> str:
 
 
 def _stage_table(data: ReportData) -> Table:
-    """Every stage with its status and cost, a unit a column."""
+    """Every stage with its status and cost, a unit a column; a column in which nothing is known is left out."""
     entries = [stage.entry for stage in data.stages]
     energy, energy_factor = formats.energy_unit(e["energy_kwh"] for e in entries)
     mass, mass_factor = formats.mass_unit(e["co2_kg"] for e in entries)
-    rows = []
-    for stage, entry in zip(data.stages, entries, strict=True):
-        status = words.stage_status(stage, data)
-        why = f": {entry['reason']}" if entry["reason"] and status in ("failed", "skipped") else ""
-        rows.append(
-            [
-                entry["name"],
-                entry["kind"],
-                status + why,
-                formats.duration(entry["seconds"]),
-                formats.scaled(entry["energy_kwh"], energy_factor),
-                formats.scaled(entry["co2_kg"], mass_factor),
-                formats.scaled(entry["cost_usd"], 1.0),
-                entry["artifact"] or formats.DASH,
-            ]
-        )
-    columns = ["Stage", "Kind", "Status", "Time", f"Energy, {energy}", f"CO2e, {mass}", "Cost, USD", "Artifact"]
-    return Table(columns, rows, [False, False, False, True, True, True, True, False])
+    money, money_factor = formats.money_unit(e["cost_usd"] for e in entries)
+    return with_figures(
+        [
+            ("Stage", [e["name"] for e in entries], False),
+            ("Kind", [e["kind"] for e in entries], False),
+            ("Status", [_status(stage, data) for stage in data.stages], False),
+            ("Time", [formats.duration(e["seconds"]) for e in entries], True),
+            (f"Energy, {energy}", [formats.scaled(e["energy_kwh"], energy_factor) for e in entries], True),
+            (f"CO2e, {mass}", [formats.scaled(e["co2_kg"], mass_factor) for e in entries], True),
+            (f"Cost, {money}", [formats.scaled(e["cost_usd"], money_factor) for e in entries], True),
+            ("Artifact", [e["artifact"] or formats.DASH for e in entries], False),
+        ]
+    )
+
+
+def _status(stage: StageView, data: ReportData) -> str:
+    status = words.stage_status(stage, data)
+    reason = stage.entry["reason"]
+    return f"{status}: {reason}" if reason and status in ("failed", "skipped") else status

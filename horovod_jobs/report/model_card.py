@@ -6,21 +6,26 @@ Metadata fields: the hub's model card specification (huggingface/hub-docs, model
 from __future__ import annotations
 
 import json
+import os
 import re
+from pathlib import Path
 from typing import Any
 
 from horovod_jobs import formats
+from horovod_jobs.bundle import read_config
+from horovod_jobs.errors import ArtifactError
 from horovod_jobs.report import words
 from horovod_jobs.report.collect import ModelRow, ReportData, StageView
 from horovod_jobs.report.measures import measure
 from horovod_jobs.report.table import main_table, methods_note
+from horovod_jobs.usage import example, inputs_sentence
 
 # The hub's names of metrics, where they are not ours.
 _METRIC_TYPES = {"auc": "roc_auc"}
 
 
-def render_model_card(data: ReportData, *, license_id: str = "unknown") -> str:
-    """The card of the run's final model, in Markdown. ``license_id`` is one of the hub's, e.g. "apache-2.0"."""
+def render_model_card(data: ReportData) -> str:
+    """The card of the run's final model, in Markdown."""
     import yaml
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -34,9 +39,7 @@ def render_model_card(data: ReportData, *, license_id: str = "unknown") -> str:
         keep_trailing_newline=True,
     )
     environment.filters["md"] = _markdown
-    metadata = yaml.safe_dump(
-        card_metadata(data, license_id=license_id), sort_keys=False, allow_unicode=True, width=1000
-    )
+    metadata = yaml.safe_dump(card_metadata(data), sort_keys=False, allow_unicode=True, width=1000)
     final = data.final
     return environment.get_template("model_card.md.j2").render(
         metadata=metadata.rstrip(),
@@ -51,20 +54,20 @@ def render_model_card(data: ReportData, *, license_id: str = "unknown") -> str:
         classes=list(zip(final.class_names, map(formats.percent, final.per_class), strict=True))
         if final and len(final.class_names) == len(final.per_class)
         else [],
-        artifact=final.ref if final else "",
-        inputs=_inputs(data),
+        usage=_usage(data),
+        origin=words.origin_facts(data),
         versions=[(name, version) for name, version in data.manifest["versions"].items() if version],
     )
 
 
-def card_metadata(data: ReportData, *, license_id: str = "unknown") -> dict[str, Any]:
+def card_metadata(data: ReportData) -> dict[str, Any]:
     """The card's YAML block as a dictionary; a field without a figure is left out."""
     final = data.final
     kinds = {stage.entry["kind"] for stage in _lineage_stages(data)}
     tags = ["horovod", "image-classification"] if _task_type(data) == "image-classification" else ["horovod"]
     tags += [tag for kind, tag in (("distill", "knowledge-distillation"), ("quantize", "quantized")) if kind in kinds]
     metadata: dict[str, Any] = {
-        "license": license_id,
+        "license": data.license,
         "library_name": "onnx" if final and final.format == "onnx" else "pytorch",
         "tags": tags,
     }
@@ -126,14 +129,19 @@ def _model_config(stage: StageView) -> dict[str, Any]:
         return {}
 
 
-def _inputs(data: ReportData) -> str:
-    """What the final model takes."""
-    ref = data.final.ref if data.final else ""
-    config = next((_model_config(stage) for stage in data.stages if stage.entry["artifact"] == ref), {})
-    if config.get("input_dtype", "float32") == "float32":
-        return "a float tensor [B, ...] of normalised samples"
-    names = ", ".join(str(name) for name, *_ in config.get("fields") or [])
-    return f"a tensor [B, ...] of {config['input_dtype']}" + (f", the ids of {names}" if names else "")
+def _usage(data: ReportData) -> dict[str, str] | None:
+    """What the final model takes, and code that loads and calls it; None where its artifact cannot be read."""
+    path = data.final.path if data.final else None
+    if path is None:
+        return None
+    try:
+        config = read_config(path, verify=False)
+    except ArtifactError:
+        return None
+    here, absolute = Path.cwd(), Path(os.path.normpath(path.absolute()))
+    shown = absolute.relative_to(here) if absolute.is_relative_to(here) else absolute
+    allowed = [str(prefix) for prefix in data.config.get("allow_targets") or []]
+    return {"inputs": inputs_sentence(config), "code": example(config, shown.as_posix(), allowed=allowed)}
 
 
 def _lineage_stages(data: ReportData) -> list[StageView]:

@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 # Okabe and Ito 2008, "Color Universal Design"; its yellow is left out, as it does not show on white.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+WIDTH = 1040 / 96  # inches: the text's width in style.css, so that plots end where the rules do
+CURVES_NOTE = (
+    "A distilled model's training loss is what its distiller adds up (T² times the divergence from the teacher at temperature T, "
+    "say): it is no cross-entropy, and has a panel of its own."
+)
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 1)))
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
@@ -69,38 +74,53 @@ def _svg(name: str, alt: str, size: tuple[float, float], draw: Callable[[Figure]
 
 
 def learning_curves(curves: Sequence[Curve]) -> str:
-    """Training loss and the task's validation figure by epoch, a line a stage; empty text without records."""
+    """Training losses and the task's validation figure by epoch, a line a stage; empty text without records."""
     recorded = dict.fromkeys(key for curve in curves for entry in curve.history for key in entry)
     figures = [key for key in recorded if key.startswith("validation_") and key != "validation_loss"]
-    panels = [("train_loss", "Training loss", 1.0)] + [
-        (key, f"Validation {by.noun}{', %' if by.percent else ''}", by.factor)
-        for key in figures
-        if (by := measure(key.removeprefix("validation_")))
+    labels = [curve.label for curve in curves]
+    numbered = list(enumerate(curves))
+    panels = [
+        ("train_loss", "Training loss", 1.0, [(i, c) for i, c in numbered if not c.distilled]),
+        ("train_loss", "Training loss, distillation", 1.0, [(i, c) for i, c in numbered if c.distilled]),
+        *(
+            (key, f"Validation {by.noun}{', %' if by.percent else ''}", by.factor, numbered)
+            for key in figures
+            if (by := measure(key.removeprefix("validation_")))
+        ),
     ]
-    panels = [panel for panel in panels if any(_points(curve, panel[0]) for curve in curves)]
+    panels = [panel for panel in panels if any(_points(curve, panel[0]) for _, curve in panel[3])]
     if not panels:
         return ""
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
-        for axis, (key, title, factor) in zip(axes, panels, strict=True):
-            for i, curve in enumerate(curves):
+        lines: dict[int, Any] = {}
+        for axis, (key, title, factor, shown) in zip(axes, panels, strict=True):
+            for i, curve in shown:
                 points = _points(curve, key)
                 every = max(1, len(points) // 8)
-                axis.plot(
+                (lines[i],) = axis.plot(
                     [epoch for epoch, _ in points],
                     [value * factor for _, value in points],
                     color=COLOURS[i % 7],
                     linestyle=LINES[i % 7],
                     marker=MARKERS[i % 7],
                     markevery=every,
-                    label=curve.stage,
                 )
             axis.set(title=title, xlabel="Epoch")
-            axis.xaxis.get_major_locator().set_params(integer=True)
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(curves)))
+            epochs = [epoch for _, curve in shown for epoch, _ in _points(curve, key)]
+            if max(epochs) == min(epochs):  # One point has no width, and ticks between epochs would mean nothing.
+                axis.set_xlim(epochs[0] - 0.5, epochs[0] + 0.5)
+            axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        drawn = sorted(lines)
+        figure.legend(
+            [lines[i] for i in drawn],
+            [_short(labels[i], length=40) for i in drawn],
+            loc="outside lower center",
+            ncols=min(4, len(drawn)),
+        )
 
-    return _svg("curves", "Learning curves of " + ", ".join(c.stage for c in curves), (10, 3.9), draw)
+    return _svg("curves", "Learning curves of " + ", ".join(labels), (WIDTH, 3.9), draw)
 
 
 def _points(curve: Curve, key: str) -> list[tuple[float, float]]:
@@ -152,7 +172,7 @@ def per_class_change(before: ModelRow, after: ModelRow) -> str:
         figure.legend(loc="outside upper left", ncols=2)
 
     return _svg(
-        "classes", f"Accuracy by class, {before.label} and {after.label}", (8.6, 1.6 + 0.34 * len(changes)), draw
+        "classes", f"Accuracy by class, {before.label} and {after.label}", (WIDTH, 1.6 + 0.34 * len(changes)), draw
     )
 
 
@@ -184,14 +204,17 @@ def trade_offs(models: Sequence[ModelRow]) -> str:
         for axis, (_, points) in zip(axes, panels, strict=True):
             _label_points(axis, [(x, by.factor * (row.score or 0), row.label) for _, x, row in points])
 
-    return _svg("tradeoffs", f"{by.title} against size and latency", (10, 3.9), draw)
+    return _svg("tradeoffs", f"{by.title} against size and latency", (WIDTH, 3.9), draw)
 
 
 def _scatter(axis: Axes, points: list[tuple[int, float, float]]) -> None:
     values = [x for _, x, _ in points]
     low, high = min(values), max(values)
     for i, x, accuracy in points:
-        axis.scatter([x], [accuracy], s=90, color=COLOURS[i % 7], marker=MARKERS[i % 7])
+        # Open, so that of two equal models both are seen.
+        axis.scatter(
+            [x], [accuracy], s=90, marker=MARKERS[i % 7], facecolor="none", edgecolor=COLOURS[i % 7], linewidth=2
+        )
     if high / low >= 4:
         axis.set_xscale("log")
         axis.set_xlim(low / (high / low) ** 0.2, high * (high / low) ** 0.2)
@@ -288,7 +311,7 @@ def footprint_bars(names: Sequence[str], panels: Sequence[tuple[str, Sequence[fl
             known = [value or 0.0 for value in values]
             axis.barh(rows, known, height=0.62, color=COLOURS[i % 7], edgecolor="#333333", linewidth=0.6)
             for y, value in zip(rows, values, strict=True):
-                text = "unknown" if value is None else formats.significant(value)
+                text = "unknown" if value is None else formats.three_digits(value)
                 axis.annotate(text, (value or 0.0, y), (4, 0), textcoords="offset points", va="center", fontsize=10)
             axis.set(title=title, xlim=(0, max(known) * 1.4))
             axis.grid(axis="y", visible=False)
@@ -296,7 +319,7 @@ def footprint_bars(names: Sequence[str], panels: Sequence[tuple[str, Sequence[fl
         axes[0].set_yticks(list(rows), [_short(name) for name in names])
         axes[0].invert_yaxis()
 
-    return _svg("footprint", "Time and footprint by stage", (10, 1.0 + 0.34 * len(names)), draw)
+    return _svg("footprint", "Time and footprint by stage", (WIDTH, 1.0 + 0.34 * len(names)), draw)
 
 
 def _short(text: str, *, length: int = 24) -> str:

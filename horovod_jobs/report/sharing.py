@@ -70,4 +70,6 @@ def shares_over_time(records: Sequence[Sharing]) -> str:
                 left.legend(loc="best", ncols=2)
 
     names = ", ".join(record.stage for record in records)
-    return plots._svg("shares", f"Shares of the batch by rank in {names}", (10, 0.6 + 3.1 * len(records)), draw)
+    return plots._svg(
+        "shares", f"Shares of the batch by rank in {names}", (plots.WIDTH, 0.6 + 3.1 * len(records)), draw
+    )

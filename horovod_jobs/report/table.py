@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from horovod_jobs import formats
@@ -39,6 +40,11 @@ def main_table(data: ReportData) -> Table:
         (f"CO2e, {mass}", [formats.scaled(row.co2_kg, mass_factor) for row in models], True),
         (f"Cost, {money}", [formats.scaled(row.cost_usd, money_factor) for row in models], True),
     ]
+    return with_figures(columns)
+
+
+def with_figures(columns: Sequence[tuple[str, list[str], bool]]) -> Table:
+    """A table of the columns (title, texts, whether they are figures) in which something is known."""
     shown = [column for column in columns if any(text != formats.DASH for text in column[1])]
     return Table(
         columns=[name for name, _, _ in shown],
@@ -49,7 +55,7 @@ def main_table(data: ReportData) -> Table:
 
 def methods_note(data: ReportData) -> str:
     """How the energies of the table were found."""
-    methods = list(dict.fromkeys(row.method for row in data.models if row.method))
+    methods = list(dict.fromkeys(row.method for row in data.models if row.method and row.energy_kwh is not None))
     return "Energy of the stage that made the model: " + " / ".join(methods) + "." if methods else ""
 
 
@@ -57,9 +63,7 @@ def _worst(row: ModelRow) -> str:
     value = row.metrics.get("worst_class_accuracy")
     if value is None:
         return formats.DASH
-    return (
-        f"{row.worst_class} {formats.percent(value, digits=1)}" if row.worst_class else formats.percent(value, digits=1)
-    )
+    return formats.percent(value, digits=1) + (f" ({row.worst_class})" if row.worst_class else "")
 
 
 def _latency(row: ModelRow, batch: str) -> str:

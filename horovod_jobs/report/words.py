@@ -92,7 +92,7 @@ def _latency_sentence(final: ModelRow, other: ModelRow) -> str:
 def _worst(row: ModelRow) -> str:
     value = row.metrics.get("worst_class_accuracy")
     return (
-        f"; its worst class is {row.worst_class} with {formats.percent(value)}"
+        f"; accuracy is lowest for {row.worst_class}, {formats.percent(value)}"
         if row.worst_class and value is not None
         else ""
     )
@@ -142,12 +142,16 @@ def _cost_sentence(data: ReportData) -> str:
     methods = list(
         dict.fromkeys(e["footprint_method"] for e in used if e["footprint_method"] and e["energy_kwh"] is not None)
     )
-    sentence = f"Making all of it took {formats.duration(sum(times))}" + (f" and {_and(parts)}" if parts else "")
+    # How exactly the energy was found is long, and stands under the table.
+    found = {method.partition(":")[0] for method in methods}
+    known = f" ({found.pop()})" if len(found) == 1 else ""
+    sentence = f"Making all of it took {formats.duration(sum(times))}"
+    sentence += f" and {_and(parts)}{known}" if parts else ""
     if any(entry["status"] == "reused" for entry in used):
         sentence += (
             f", reused stages included (this run itself: {formats.duration(data.manifest['totals']['seconds'])})"
         )
-    return sentence + (f"; energy {' / '.join(methods)}." if methods else "; energy was not metered.")
+    return sentence + ("." if methods else "; energy was not metered.")
 
 
 def bytes_note(data: ReportData) -> str:
@@ -205,7 +209,7 @@ def interval_note(models: Sequence[ModelRow]) -> str:
 def footprint_note(data: ReportData) -> str:
     """What energy, carbon and cost rest on."""
     found = data.footprint
-    if not found:
+    if not data.metered:
         return "No meter was configured, so energy, carbon and cost are unknown."
     parts = []
     if found.get("carbon_intensity_g_per_kwh") is not None:
@@ -231,8 +235,22 @@ def footprint_note(data: ReportData) -> str:
 
 
 def command_line(data: ReportData) -> str:
-    """The command to repeat the run, quoted for a shell."""
-    return shlex.join(data.manifest["command"])
+    """The command to repeat the run with the variables it needs, quoted for a shell."""
+    variables = data.manifest.get("origin", {}).get("environment", {})
+    return " ".join([*(f"{k}={shlex.quote(v)}" for k, v in variables.items()), shlex.join(data.manifest["command"])])
+
+
+def origin_facts(data: ReportData) -> list[str]:
+    """What the command was run on: digests, and the commit of the directory it was typed in."""
+    found = data.manifest.get("origin", {})
+    commit = found.get("git_commit")
+    facts = [f"Config digest: {data.manifest['config_digest']}"]
+    if found.get("data_digest"):
+        facts.append(f"Data digest: {found['data_digest']}")
+    if commit:
+        changed = ", with changes that were not committed" if commit.endswith("-dirty") else ""
+        facts.append(f"Git commit of the directory the job was started in: {commit.removesuffix('-dirty')}{changed}")
+    return facts
 
 
 def _named(row: ModelRow) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from horovod_jobs.predict import load_module, open_session
 from horovod_jobs.stages.base import StageContext, StageResult
 from horovod_jobs.stages.evaluate import check_classes
 from horovod_jobs.storage import storage_errors, write_text
+from horovod_jobs.usage import example, inputs_sentence, onnx_example
 
 _CHECK_BATCHES = (1, 64)
 
@@ -60,7 +62,7 @@ def _write(ctx: StageContext, cfg: ExportStage, source: ModelConfig) -> dict[str
         difference = onnx_difference(module, staging / ONNX_FILE, samples)
         check_tolerance(difference, tolerance=cfg.tolerance, stage=ctx.name)
         metrics["onnx_max_difference"] = difference
-    write_text(staging / "README.md", readme(source, names))
+    write_text(staging / "README.md", readme(source, names, allowed=ctx.allow_targets))
     files = {path.name: path.stat().st_size for path in sorted(staging.iterdir())}
     return {
         "metrics": metrics,
@@ -102,23 +104,12 @@ def check_tolerance(difference: float, *, tolerance: float, stage: str) -> None:
         )
 
 
-def _inputs(config: ModelConfig) -> str:
-    """What a caller must put in."""
-    if not config.fields:
-        return "Inputs must be prepared (normalised, say) as they were in training."
-    columns = ", ".join(
-        f"{name} (0 to {size - 1}{f', {many} columns' if many > 1 else ''})" for name, size, many in config.fields
-    )
-    return f"The columns are ids, as the data set gave them in training, 0 for none: {columns}."
-
-
-def readme(config: ModelConfig, names: list[str]) -> str:
+def readme(config: ModelConfig, names: list[str], *, allowed: Sequence[str]) -> str:
     """The bundle's README.md: what it holds and how to use it with and without this package."""
     shape = ", ".join(str(size) for size in config.input_shape)
-    dtype = "" if config.input_dtype == "float32" else f", dtype=torch.{config.input_dtype}"
     target = config.model.get("_target_", "unknown")
     described = {
-        CONFIG: "the model's class and arguments, input shape and class names",
+        CONFIG: "the model's class and arguments, input shape, preprocessing and class names",
         WEIGHTS: "the weights, in safetensors format",
         ONNX_FILE: "the model for ONNX runtimes: input `inputs`, output `logits`, a batch of any size",
     }
@@ -126,27 +117,11 @@ def readme(config: ModelConfig, names: list[str]) -> str:
         "# Exported model",
         f"`{target}` with {config.parameters:,} parameters: {config.input_dtype} inputs `[B, {shape}]`, logits `[B, "
         f"{config.num_classes}]` "
-        f"for the classes {', '.join(config.class_names)}. {_inputs(config)}",
+        f"for the classes {', '.join(config.class_names)}. {inputs_sentence(config)}",
         "\n".join(f"- `{name}`: {described[name]}" for name in names),
         "## With horovod_jobs",
-        f"""```python
-import horovod_jobs
-import torch
-
-model = horovod_jobs.load("path/to/this/directory")
-logits = model(torch.zeros(1, {shape}{dtype}))
-print(model.class_names[int(logits.argmax(1))])
-```""",
+        f"```python\n{example(config, 'path/to/this/directory', allowed=allowed)}\n```",
     ]
     if ONNX_FILE in names:
-        parts += [
-            "## With onnxruntime alone",
-            f"""```python
-import numpy as np
-import onnxruntime
-
-session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
-logits = session.run(["logits"], {{"inputs": np.zeros((1, {shape}), np.{config.input_dtype})}})[0]
-```""",
-        ]
+        parts += ["## With onnxruntime alone", f"```python\n{onnx_example(config)}\n```"]
     return "\n\n".join(parts) + "\n"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from horovod_jobs.bundle import CONFIG, ONNX_FILE, ModelConfig, read_config
+from horovod_jobs.bundle import CONFIG, ONNX_FILE, read_config
 from horovod_jobs.config import QuantizeStage
 from horovod_jobs.data.base import Batch
 from horovod_jobs.errors import ConfigError, GateError
@@ -62,30 +62,16 @@ def run(ctx: StageContext, cfg: QuantizeStage) -> StageResult:
         },
         "gate": {"split": split_name, "samples": len(split), "max_drop_points": cfg.max_drop},
     }
-    world.main(lambda: write_json(ctx.staging / CONFIG, _config(source, found)), name="quantize.config")
+    written = replace(source, format="onnx", directory=ctx.staging)
+    config = {**written.to_json(), "quantization": found}  # What ``predict`` reads, and how it was made.
+    world.main(lambda: write_json(ctx.staging / CONFIG, config), name="quantize.config")
     with world.agreed("quantize.reload"):
-        written = replace(source, format="onnx", directory=ctx.staging)
         quantized = OnnxPredictor(written, threads=torch.get_num_threads())
         found["check"] = compare(model, quantized, split)
     metrics = hold_against(model, quantized, split, ctx)
     check_gate(metrics, primary=ctx.task.primary, max_drop=cfg.max_drop, stage=ctx.name, split=split_name)
     model_bytes = world.main(lambda: sum(path.stat().st_size for path in ctx.staging.iterdir()), name="quantize.bytes")
     return StageResult(metrics=metrics, details=found, parameters=source.parameters, model_bytes=model_bytes)
-
-
-def _config(source: ModelConfig, found: dict[str, Any]) -> dict[str, Any]:
-    """config.json of the integer model: what ``predict`` reads, and how it was made."""
-    return {
-        "format": "onnx",
-        "model": source.model,
-        "num_classes": source.num_classes,
-        "input_shape": list(source.input_shape),
-        "input_dtype": source.input_dtype,
-        **({"fields": [list(field) for field in source.fields]} if source.fields else {}),
-        "class_names": list(source.class_names),
-        "parameters": source.parameters,
-        "quantization": found,
-    }
 
 
 def gate_split(ctx: StageContext, cfg: QuantizeStage) -> tuple[str, Split]:

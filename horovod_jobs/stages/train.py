@@ -160,6 +160,7 @@ def fit_and_save(
                 class_names=tuple(ctx.data.class_names),
                 input_dtype=ctx.data.input_dtype,
                 fields=ctx.data.fields,
+                preprocessing=ctx.data.preprocessing,
             )
         return sum(path.stat().st_size for path in ctx.staging.iterdir())
 

@@ -133,8 +133,7 @@ class Fit:
             self.objective.load_state_dict(self.checkpoints.load_best(self.state.best_step))
         elif self.ema is not None:
             self.objective.load_state_dict(self.ema.average)
-        model, device = self.objective.model, self.device
-        self.world.steady(lambda: refuse_non_finite_model(self.ctx, self.state, model=model, device=device))
+        self.world.steady(lambda: refuse_non_finite_model(self.ctx, self.state, self.objective.model, self.device))
         return self.state
 
     # --- 2. an epoch ------------------------------------------------------------------------------------------------
@@ -176,10 +175,8 @@ class Fit:
 
     def _micro_batches(self, indices: Tensor) -> list[Tensor]:
         """This rank's part of a global batch."""
-        world, accumulate = self.world, self.accumulate
-        return micro_batches(
-            indices, rank=world.rank, size=world.size, accumulate=accumulate, shares=self.updater.shares
-        )
+        rank, size, shares = self.world.rank, self.world.size, self.updater.shares
+        return micro_batches(indices, rank=rank, size=size, accumulate=self.accumulate, shares=shares)
 
     # --- 3. an update -----------------------------------------------------------------------------------------------
     def _step(self, indices: Tensor, loader: Iterator[Batch]) -> None:

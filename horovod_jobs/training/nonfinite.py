@@ -41,7 +41,7 @@ def refuse_non_finite(ctx: StageContext, state: FitState, *, mine: Tensor | None
     )
 
 
-def refuse_non_finite_model(ctx: StageContext, state: FitState, *, model: nn.Module, device: torch.device) -> None:
+def refuse_non_finite_model(ctx: StageContext, state: FitState, model: nn.Module, device: torch.device) -> None:
     """Collective. Look at what is to be published: after the last update there is no loss that would tell.
 
     Raises:

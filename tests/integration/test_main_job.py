@@ -105,6 +105,7 @@ def test_loading_the_model_gives_the_evaluations_accuracy(
     monkeypatch.chdir(job)
     model = horovod_jobs.load(f"runs/latest:{EVALUATED[evaluation]}")
     split = digits().test
+    assert model.preprocessing == split.preprocessing, "it came along, to the quantized model too"
     batch = split.fetch(torch.arange(len(split)))
     right = (model(batch.inputs).argmax(dim=1) == batch.targets).double().mean()
     assert float(right) == pytest.approx(stage(valid_manifest(job), evaluation)["metrics"]["accuracy"], abs=1e-9)

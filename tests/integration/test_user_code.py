@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,7 +38,18 @@ def test_the_example_trains_measures_and_reports(project: Path) -> None:
     accuracy = stage(told, "eval_model")["metrics"]["accuracy"]
     assert accuracy > 0.8, "three classes: a guess is right one time in three"
     assert (project / "runs" / "latest" / "report.html").is_file()
-    assert "3 Hz" in (project / "runs" / "latest" / "report.html").read_text(encoding="utf-8")
+    report = (project / "runs" / "latest" / "report.html").read_text(encoding="utf-8")
+    assert "3 Hz" in report
+    assert f"PYTHONPATH=.{os.pathsep}{ROOT} horovod-jobs --config-dir conf experiment=mine" in report
+    assert "No meter was configured" in report
+    card = (project / "runs" / "latest" / "model_card.md").read_text(encoding="utf-8")
+    code = card.split("```python\n")[1].split("```")[0]
+    env = {**os.environ, "PYTHONPATH": f"{project}{os.pathsep}{ROOT}"}
+    shown = subprocess.run(
+        [sys.executable, "-c", code], cwd=project, env=env, capture_output=True, text=True, check=False
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.strip().endswith("Hz")
     assert left_behind(project) == []
 
     # An edited model is not mistaken for the old one.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import pytest
 import torch
 
 from horovod_jobs.artifacts import Artifact
+from horovod_jobs.bundle import read_config
 from horovod_jobs.config import EvaluateStage, ExportStage, QuantizeStage
 from horovod_jobs.data.base import DataModule
 from horovod_jobs.errors import ConfigError, GateError
 from horovod_jobs.predict import load, save_model
+from horovod_jobs.preprocessing import Preprocessing
 from horovod_jobs.stages import evaluate, export, quantize, train
 from horovod_jobs.stages.quantize import check_gate, compare
 from tests.support import SMALL_NET, SmallNet, blob_data, context, fit_config, train_stage
@@ -183,13 +186,28 @@ def test_export_bundles_a_torch_model(tmp_path: Path, model: Artifact) -> None:
     torch.testing.assert_close(torch_model(inputs), onnx_model(inputs), rtol=0, atol=1e-4)
 
 
-def test_the_exports_readme_code_runs(tmp_path: Path, model: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    ctx = context(tmp_path, inputs={"model": model}, name="export", data=blob_data(400))
+@pytest.mark.parametrize("how", [None, Preprocessing(255.0, 0.3, 0.25), Preprocessing(1.0, (2.5,), (0.5,))])
+def test_the_exports_readme_code_runs(
+    tmp_path: Path, model: Artifact, monkeypatch: pytest.MonkeyPatch, how: Preprocessing | None
+) -> None:
+    """The code with this package needs allow_targets for this model of ours; both prepare raw samples in the same way."""
+    config = replace(read_config(model), preprocessing=how)
+    source = context(tmp_path, name="source")
+    for path in model.path.glob("model.*"):
+        shutil.copy(path, source.staging)
+    (source.staging / "config.json").write_text(json.dumps(config.to_json()))
+    artifact = source.store.publish(source.staging, kind="model", fingerprint="12" * 32, meta={})
+    ctx = context(tmp_path, inputs={"model": artifact}, name="export", data=blob_data(400))
     export.run(ctx, ExportStage(seed=0))
-    blocks = (ctx.staging / "README.md").read_text().split("```python\n")[1:]
+    blocks = [block.split("```")[0] for block in (ctx.staging / "README.md").read_text().split("```python\n")[1:]]
     assert len(blocks) == 2
     monkeypatch.chdir(ctx.staging)
-    exec(blocks[1].split("```")[0], {})  # The one that needs nothing of ours.
+    ours: dict[str, Any] = {}
+    alone: dict[str, Any] = {}
+    exec(blocks[0].replace("path/to/this/directory", "."), ours)
+    exec(blocks[1], alone)
+    torch.testing.assert_close(ours["logits"], torch.from_numpy(alone["logits"]), rtol=0, atol=1e-4)
+    assert 'allow_targets=["tests"]' in blocks[0]
 
 
 def test_export_copies_a_quantized_model(tmp_path: Path, model: Artifact) -> None:

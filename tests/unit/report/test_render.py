@@ -11,8 +11,11 @@ import yaml
 
 from horovod_jobs import formats
 from horovod_jobs.report import collect, render_html, render_model_card, render_terminal_table, summary
+from horovod_jobs.report.collect import _name_of
 from horovod_jobs.report.drawing import Box, draw_graph, layers
 from horovod_jobs.report.model_card import card_metadata
+from horovod_jobs.report.plots import learning_curves, trade_offs
+from horovod_jobs.report.table import main_table
 from horovod_jobs.report.words import bytes_note, interval, summary_sentences
 
 
@@ -52,6 +55,91 @@ def test_page_has_every_section_and_the_figures(page):
     assert "&#39;name=a b&#39;" in page  # the command is quoted for a shell
     assert "horovod_jobs.data.fashion_mnist" in page  # the config
     assert "mpi4py not installed" in page
+
+
+def test_how_the_energy_was_found_is_said_once_and_the_shaded_row_explained(page):
+    assert page.count("RAM by installed memory") == 1
+    assert "The shaded row is the final model" in page
+    assert page.count('<tr class="final">') == 1
+    assert "on Measured CPU." in page
+
+
+def test_what_it_takes_to_repeat_the_run(data, page):
+    assert "PYTHONPATH=&#39;a b&#39; horovod-jobs experiment=main" in page
+    for text in (page, render_model_card(data)):
+        assert "Data digest: " + "ab" * 32 in text
+        assert "cd" * 20 + ", with changes that were not committed" in text
+    older = replace(data, manifest={key: value for key, value in data.manifest.items() if key != "origin"})
+    assert "Data digest" not in render_html(older)
+
+
+def test_without_a_meter_nothing_is_said_of_energy(data):
+    nothing = {"energy_kwh": None, "co2_kg": None, "cost_usd": None, "footprint_method": "not metered"}
+    bare = replace(
+        data,
+        stages=[replace(s, entry={**s.entry, **nothing}) for s in data.stages],
+        models=[replace(r, energy_kwh=None, co2_kg=None, cost_usd=None, method="not metered") for r in data.models],
+        manifest={**data.manifest, "totals": {**data.manifest["totals"], "artifacts": nothing}},
+        footprint={"hosts": 1},
+    )
+    page = render_html(bare)
+    assert "No meter was configured" in page
+    assert "energy was not metered." in page
+    assert "Time is of the stage that made the model." in page
+    for wrong in ("PUE", "counted once", "Energy", "CO2e,", "Cost,"):
+        assert wrong not in page
+    assert "on Measured CPU." in page
+    assert "No meter was configured" in render_model_card(bare)
+
+
+def test_classes_that_are_numbers_are_called_classes(data):
+    rows = [replace(row, worst_class=_name_of(2, [str(i) for i in range(10)])) for row in data.models]
+    shown = replace(data, models=rows)
+    for text in (
+        render_html(shown).replace("\u00a0", " "),
+        render_terminal_table(shown, width=300),
+        render_model_card(shown),
+    ):
+        assert "70.0 % (class 2)" in text
+    assert "accuracy is lowest for class 2, 70.00 %" in " ".join(summary_sentences(shown))
+    assert "70.0 % (Shirt)" in render_terminal_table(data, width=300)
+
+
+def test_one_unit_of_money_a_table(data):
+    table = main_table(data)
+    column = [row[table.columns.index("Cost, µUSD")] for row in table.rows]
+    assert column == ["582", "159", "252", "35.9"]
+
+
+def curve_words(*curves):
+    root = ET.fromstring(learning_curves(curves).replace("&nbsp;", " "))
+    return [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+
+
+def test_curves_have_the_tables_names_and_a_distilled_model_its_own_panel(data, page):
+    assert [curve.label for curve in data.curves] == ["teacher", "student without distillation", "student"]
+    words = curve_words(*data.curves)
+    assert {"Training loss", "Training loss, distillation", "Validation accuracy, %"} <= set(words)
+    assert "student without distillation" in words
+    assert "plain" not in words
+    assert "has a panel of its own" in page
+    assert "Training loss, distillation" not in curve_words(*data.curves[:2])
+
+
+def test_one_epoch_has_one_tick(data):
+    short = replace(data.curves[0], history=data.curves[0].history[:1])
+    words = curve_words(short)
+    below = words[: words.index("Epoch")]
+    assert [word for word in below if re.fullmatch(r"[\d.]+", word)] == ["1"]
+
+
+def test_equal_models_are_both_seen(data):
+    """Markers are open: one does not cover another."""
+    twins = [replace(data.models[i], label=f"twin {i}", metrics=data.models[1].metrics) for i in (1, 2)]
+    svg = trade_offs([data.models[0], *twins])
+    markers = re.findall(r"PathCollection.*?</g>", svg, flags=re.DOTALL)
+    assert len(markers) >= 6
+    assert all("fill: none" in marker for marker in markers)
 
 
 def test_a_rank_that_was_lost_is_named(data):
@@ -129,7 +217,8 @@ def test_sentences(data):
     assert "At batch 1 its median latency is 0.110 ms in onnxruntime; the teacher's is 0.610 ms in torch." in text
     assert "Distillation raised the student's accuracy by 1.00 points" in text
     assert "within the sampling error" not in text  # 1.00 points is more than 0.59
-    assert "estimated: RAM by installed memory" in text
+    assert "1.14 mUSD (estimated), reused" in text
+    assert "accuracy is lowest for Shirt, 70.00 %" in text
 
 
 def test_a_change_within_the_sampling_error_is_called_so(data):
@@ -154,10 +243,11 @@ def test_bytes_note_tells_when_the_graph_outweighs_the_weights(data):
 
 
 def test_card_metadata(data):
-    card = render_model_card(data, license_id="apache-2.0")
+    data = replace(data, license="apache-2.0")
+    card = render_model_card(data)
     assert card.startswith("---\n")
     metadata = yaml.safe_load(card.split("---\n")[1])
-    assert metadata == card_metadata(data, license_id="apache-2.0")
+    assert metadata == card_metadata(data)
     assert metadata["license"] == "apache-2.0"
     assert metadata["library_name"] == "onnx"
     assert metadata["datasets"] == ["fashion_mnist"]
@@ -256,7 +346,13 @@ def test_long_edges_pass_no_box():
         (formats.energy, 0.0, "0 kWh"),
         (formats.energy, None, "–"),
         (formats.mass, 0.000886, "886 mg"),
-        (formats.money, 0.00114, "0.00114 USD"),
+        (formats.money, 0.00114, "1.14 mUSD"),
+        (formats.money, 0.00000613, "6.13 µUSD"),
+        (formats.money, 12.3, "12.3 USD"),
+        (formats.three_digits, 210.04, "210"),
+        (formats.three_digits, 5.4, "5.40"),
+        (formats.three_digits, 0.0, "0"),
+        (formats.three_digits, -0.61, "−0.610"),
     ],
 )
 def test_formats(function, value, text):

@@ -93,7 +93,7 @@ def _worst(row: ModelRow) -> str:
     value = row.metrics.get("worst_class_accuracy")
     return (
         f"; accuracy is lowest for {row.worst_class}, {formats.percent(value)}"
-        if row.worst_class and value is not None
+        if row.worst_class and value is not None and value < 1
         else ""
     )
 

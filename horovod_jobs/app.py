@@ -191,10 +191,7 @@ def _apply_settings(job: Job) -> None:
     node = job.config.strategy
     if not is_node(node):
         return
-    strategy = instantiate(node, allow=job.config.allow_targets, where="strategy")
-    for name, value in getattr(strategy, "preferred_environment", dict)().items():
-        os.environ.setdefault(name, value)  # A world that has started does without.
-    wanted = strategy.environment()
+    wanted = instantiate(node, allow=job.config.allow_targets, where="strategy").environment()
     if _world is not None:
         late = [f"{name}={value}" for name, value in wanted.items() if os.environ.get(name) != value]
         if late:

@@ -16,7 +16,6 @@ from horovod_jobs.strategy.base import Setting, Updater
 if TYPE_CHECKING:
     import torch
 
-_CYCLE_MS = 10
 _CHOICES = {"consistency": ("sync", "async", "ssp"), "averaging": ("gradients", "weights")}
 
 
@@ -91,14 +90,6 @@ class ParameterServer:
     def environment(self) -> dict[str, str]:
         """Nothing that Horovod must read."""
         return {}
-
-    def preferred_environment(self) -> dict[str, str]:
-        """A long cycle of Horovod's.
-
-        In every cycle its thread holds a collective of all ranks, which waits on links that are full of pushes and pulls, and takes
-        a core meanwhile. Here it has next to nothing to do: what is exchanged in every step goes by MPI itself.
-        """
-        return {"HOROVOD_CYCLE_TIME": str(_CYCLE_MS)}
 
     def bind(
         self,

@@ -7,6 +7,7 @@ and ``resume`` change a job in a cluster. It never imports torch or Hydra.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
@@ -160,6 +161,8 @@ def _show(arguments: argparse.Namespace) -> None:
     _print_table(
         ["stage", "kind", "status", "time", "energy", "parameters", "bytes", "metrics"], rows, right=range(3, 7)
     )
+    for line in _staleness(run_dir, manifest):
+        print(line)
     spent = ", ".join(
         text
         for text, value in (
@@ -174,6 +177,20 @@ def _show(arguments: argparse.Namespace) -> None:
         print(f"energy {method}")
     page = run_dir / "report.html"
     print(f"report: {page}" if page.is_file() else f"no report yet: horovod-runs report {manifest['run_id']}")
+
+
+def _staleness(run_dir: Path, manifest: Manifest) -> list[str]:
+    """What the servers of stages with a parameter server counted, a line a stage."""
+    from horovod_jobs.artifacts import open_artifact
+    from horovod_jobs.report.staleness import of_stage
+
+    store, lines = manifests.store_of(run_dir, manifest), []
+    for stage in manifest["stages"]:
+        if stage["kind"] in ("train", "distill") and stage["artifact"]:
+            with contextlib.suppress(ArtifactError):
+                record = of_stage(stage["name"], open_artifact(store / stage["artifact"], verify=False).meta)
+                lines += [record.text] if record else []
+    return lines
 
 
 def _watch(arguments: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from horovod_jobs import formats
-from horovod_jobs.report import drawing, plots, sharing, words
+from horovod_jobs.report import drawing, plots, sharing, staleness, words
 from horovod_jobs.report.collect import ReportData, StageView
 from horovod_jobs.report.measures import measure
 from horovod_jobs.report.table import Table, main_table, methods_note, with_figures
@@ -35,6 +35,7 @@ def _figures(data: ReportData) -> dict[str, str]:
         "graph": drawing.draw_graph([_box(stage, data) for stage in data.stages]),
         "curves": plots.learning_curves(data.curves) if data.curves else "",
         "shares": sharing.shares_over_time(sharing.of_stages(data.stages)),
+        "staleness": staleness.histogram(staleness.of_stages(data.stages)),
         "classes": plots.per_class_change(reference, final) if final and reference else "",
         "trade_offs": plots.trade_offs(data.models),
         "confusion": plots.confusion(final) if final else "",

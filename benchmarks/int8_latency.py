@@ -25,10 +25,11 @@ from horovod_jobs.data.fashion_mnist import fashion_mnist
 from horovod_jobs.errors import ConfigError, JobError
 from horovod_jobs.export import export_onnx
 from horovod_jobs.latency import child_environment
-from horovod_jobs.predict import load_module, open_session
+from horovod_jobs.predict import load_module
 from horovod_jobs.quantization.base import Calibration
 from horovod_jobs.quantization.calibration import calibration_batches, calibration_indices
 from horovod_jobs.quantization.quantizer import StaticInt8
+from horovod_jobs.runtimes.onnx import open_session
 
 OURS, BASELINE = "static int8 (ours)", "fp32 torch"
 ROUND_S = 0.05  # Calls a contender makes in one round last about so long.

@@ -10,11 +10,11 @@ from typing import Any
 from horovod_jobs.artifacts import INDEX, Artifact, open_artifact
 from horovod_jobs.errors import ArtifactError, ConfigError
 from horovod_jobs.preprocessing import Preprocessing
+from horovod_jobs.runtimes import FORMATS, Format
 
-WEIGHTS = "model.safetensors"
-ONNX_FILE = "model.onnx"
+WEIGHTS = FORMATS["torch"].file
+ONNX_FILE = FORMATS["onnx"].file
 CONFIG = "config.json"
-RUNTIMES = {"torch": "torch", "onnx": "onnxruntime"}  # what runs a model of each format
 INPUT_DTYPES = ("float32", "int64", "int32", "int16", "int8", "uint8", "bool")
 
 
@@ -54,9 +54,23 @@ class ModelConfig:
         }
 
     @property
+    def kept_as(self) -> Format:
+        """The format, as this package knows it.
+
+        Raises:
+            ArtifactError: it does not.
+        """
+        if self.format not in FORMATS:
+            raise ArtifactError(
+                f"{self.directory} has format {self.format!r}; this version reads {' and '.join(FORMATS)}, so load it with the one "
+                "that made it"
+            )
+        return FORMATS[self.format]
+
+    @property
     def file(self) -> Path:
-        """The file with the weights."""
-        return self.directory / (WEIGHTS if self.format == "torch" else ONNX_FILE)
+        """The model's file."""
+        return self.directory / self.kept_as.file
 
     def in_format(self, form: str | None) -> ModelConfig:
         """The same model from the file of another format that lies beside it; None: as it is.
@@ -67,8 +81,8 @@ class ModelConfig:
         """
         if form is None:
             return self
-        if form not in RUNTIMES:
-            raise ConfigError(f"format={form} is not known; use one of {', '.join(RUNTIMES)}, or null")
+        if form not in FORMATS:
+            raise ConfigError(f"format={form} is not known; use one of {', '.join(FORMATS)}, or null")
         other = replace(self, format=form)
         if not other.file.is_file():
             raise ArtifactError(
@@ -78,7 +92,7 @@ class ModelConfig:
 
 
 def read_config(path: str | Path | Artifact, *, verify: bool = True) -> ModelConfig:
-    """The config of a model artifact, of an export bundle, or of the bundle that a model.onnx lies in.
+    """The config of a model artifact, of an export bundle, or of the bundle that a file of a model (model.onnx) lies in.
 
     Raises:
         ArtifactError: there is no model, or it is damaged.
@@ -88,8 +102,8 @@ def read_config(path: str | Path | Artifact, *, verify: bool = True) -> ModelCon
     path = resolve(path)
     if path.is_file():
         config = _read_directory(path.parent, verify=verify)
-        form = "onnx" if path.suffix == ".onnx" else "torch"
-        return replace(config, format=form)
+        forms = [form.name for form in FORMATS.values() if Path(form.file).suffix == path.suffix]
+        return replace(config, format=forms[0]) if forms else config
     return _read_directory(path, verify=verify)
 
 

@@ -18,12 +18,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from horovod_jobs.bundle import ModelConfig, read_config
+from horovod_jobs.bundle import read_config
 from horovod_jobs.errors import ConfigError, JobError
-from horovod_jobs.predict import open_session
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from horovod_jobs.predict import Predictor
 
 _WARM_UP_RUNS = 10
 _WARM_UP_S = 0.3
@@ -151,8 +152,10 @@ def _measure_here(arguments: argparse.Namespace) -> dict[str, Any]:
     batches = [int(batch) for batch in arguments.batches.split(",")]
     _check(batches=batches, runs=arguments.runs, threads=arguments.threads)
     config = read_config(arguments.artifact)
-    make = _torch_call if config.format == "torch" else _onnx_call
-    call, idle_bytes = make(config, threads=arguments.threads, allow_targets=arguments.allow_target)
+    form = config.kept_as
+    form.import_runtime()
+    idle_bytes = peak_memory_bytes()
+    predictor: Predictor = form.load(config, threads=arguments.threads, allow_targets=arguments.allow_target)
     shape = (max(batches), *config.input_shape)
     if arguments.samples:
         samples = np.load(arguments.samples, allow_pickle=False).astype(config.input_dtype)
@@ -164,7 +167,7 @@ def _measure_here(arguments: argparse.Namespace) -> dict[str, Any]:
     latency = {}
     for batch in batches:
         inputs = np.ascontiguousarray(samples[:batch])
-        latency[str(batch)] = time_calls(call(inputs), runs=arguments.runs)
+        latency[str(batch)] = time_calls(predictor.caller(inputs), runs=arguments.runs)
     peak = peak_memory_bytes()
     return {
         "latency_ms": latency,
@@ -176,38 +179,6 @@ def _measure_here(arguments: argparse.Namespace) -> dict[str, Any]:
         "runs": arguments.runs,
         "inputs": "samples" if arguments.samples else "random normal" if samples.dtype == np.float32 else "zeros",
     }
-
-
-Prepared = tuple[Callable[["np.ndarray[Any, Any]"], Callable[[], Any]], int]
-
-
-def _torch_call(config: ModelConfig, *, threads: int, allow_targets: Sequence[str]) -> Prepared:
-    import torch
-
-    from horovod_jobs.predict import load_module
-
-    torch.set_num_threads(threads)
-    idle_bytes = peak_memory_bytes()
-    module = load_module(config.directory, allow_targets=allow_targets)
-
-    def prepare(inputs: np.ndarray[Any, Any]) -> Callable[[], Any]:
-        tensor = torch.from_numpy(inputs)
-
-        def call() -> None:
-            with torch.inference_mode():
-                module(tensor)
-
-        return call
-
-    return prepare, idle_bytes
-
-
-def _onnx_call(config: ModelConfig, *, threads: int, allow_targets: Sequence[str]) -> Prepared:
-    import onnxruntime  # noqa: F401
-
-    idle_bytes = peak_memory_bytes()
-    session = open_session(config.file, threads=threads)
-    return lambda inputs: lambda: session.run(["logits"], {"inputs": inputs}), idle_bytes
 
 
 def _check(*, batches: Sequence[int], runs: int, threads: int) -> None:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from horovod_jobs.artifacts import Artifact, ArtifactStore, open_artifact
-from horovod_jobs.bundle import RUNTIMES, read_config
+from horovod_jobs.bundle import read_config
 from horovod_jobs.comm.world import World
 from horovod_jobs.config import (
     DistillStage,
@@ -23,6 +23,7 @@ from horovod_jobs.graph import Node, build, check_external, fingerprint, is_exte
 from horovod_jobs.instantiate import accepted, code_digests, instantiate, is_node, locate
 from horovod_jobs.job import Job
 from horovod_jobs.latency import cpu_name
+from horovod_jobs.runtimes import FORMATS
 from horovod_jobs.stages.base import StageContext, StageResult
 from horovod_jobs.tracking import NullTracker, Tracker
 from horovod_jobs.turns import in_turns, keys_of, strategy_counts_ranks, whole_because
@@ -126,8 +127,8 @@ def _check_stage(node: Node, prepared: Prepared, world: World) -> None:
     if isinstance(stage, EvaluateStage):
         if stage.split not in ("test", "validation", "train"):
             raise ConfigError(f"{where}.split={stage.split} is not a split; use test, validation or train")
-        if stage.format is not None and stage.format not in RUNTIMES:
-            raise ConfigError(f"{where}.format={stage.format} is not known; use {' or '.join(RUNTIMES)}, or null")
+        if stage.format is not None and stage.format not in FORMATS:
+            raise ConfigError(f"{where}.format={stage.format} is not known; use {' or '.join(FORMATS)}, or null")
         if getattr(prepared.data, stage.split) is None:
             raise DataError(f"{where}.split={stage.split}: the data set has no such split; use test or train")
     prepared.task_of(node)

@@ -13,17 +13,17 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from horovod_jobs.bundle import CONFIG, WEIGHTS, ModelConfig, read_config
-from horovod_jobs.errors import ArtifactError, ConfigError, DataError, SetupError
-from horovod_jobs.preprocessing import Preprocessing, prepare
+from horovod_jobs.errors import ArtifactError, ConfigError, DataError
+from horovod_jobs.preprocessing import Preprocessing
 from horovod_jobs.storage import write_json
 
 if TYPE_CHECKING:
-    import torch
+    import numpy as np
     from torch import Tensor, nn
 
     from horovod_jobs.artifacts import Artifact
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 class Predictor(Protocol):
     """A model that is ready to predict, whatever runs it.
 
-    ``format`` is ``torch`` or ``onnx``; ``parameters`` counts those of the model as it was trained; ``preprocessing`` is
+    ``format`` is one of ``runtimes.FORMATS``; ``parameters`` counts those of the model as it was trained; ``preprocessing`` is
     None where the data set did not tell it.
     """
 
@@ -59,6 +59,10 @@ class Predictor(Protocol):
         Raises:
             DataError: inputs of another shape, or fractions where the model takes whole numbers.
         """
+        ...
+
+    def caller(self, inputs: np.ndarray[Any, Any]) -> Callable[[], Any]:
+        """A function that runs the model once on these inputs, and does nothing else: what a latency is of."""
         ...
 
 
@@ -119,10 +123,11 @@ def load_module(path: str | Path | Artifact, *, allow_targets: Sequence[str] = (
         raise ArtifactError(
             f"{config.directory} holds an {config.format} model; give a torch model (stage train or distill)"
         )
-    return _build_module(config, allow_targets=allow_targets)
+    return build_module(config, allow_targets=allow_targets)
 
 
-def _build_module(config: ModelConfig, *, allow_targets: Sequence[str]) -> nn.Module:
+def build_module(config: ModelConfig, *, allow_targets: Sequence[str]) -> nn.Module:
+    """The torch module that a config names, with its weights. Raises: see ``load_module``."""
     from safetensors import SafetensorError
     from safetensors.torch import load_model as read_weights
     from torch import nn
@@ -167,118 +172,24 @@ def load(
     """
     if threads is not None and threads < 1:
         raise ConfigError(f"threads={threads} is not a positive number; use at least 1")
-    return _load(read_config(path), threads=threads, device=device, allow_targets=allow_targets)
+    config = read_config(path)
+    predictor: Predictor = config.kept_as.load(config, threads=threads, device=device, allow_targets=allow_targets)
+    return predictor
 
 
 def load_config(config: ModelConfig, *, allow_targets: Sequence[str] = ()) -> Predictor:
     """The predictor of a model whose config has been read, on the CPU. Raises: see ``load``."""
-    return _load(config, threads=None, device="cpu", allow_targets=allow_targets)
+    predictor: Predictor = config.kept_as.load(config, allow_targets=allow_targets)
+    return predictor
 
 
-def _load(config: ModelConfig, *, threads: int | None, device: str, allow_targets: Sequence[str]) -> Predictor:
-    import torch
+def check_inputs(inputs: Tensor, expected: tuple[int, ...], dtype: str) -> None:
+    """Refuse inputs that a model does not take: ``expected`` is the shape of one sample, ``dtype`` the model's.
 
-    if config.format == "onnx":
-        if device != "cpu":
-            raise ConfigError(f"device={device}: this ONNX model runs on the CPU; use device=cpu")
-        return OnnxPredictor(config, threads=threads or torch.get_num_threads())
-    if config.format != "torch":
-        raise ArtifactError(f"{config.directory} has format {config.format!r}; this package reads torch and onnx")
-    if threads is not None:
-        torch.set_num_threads(threads)
-    return TorchPredictor(_build_module(config, allow_targets=allow_targets), config, device=device)
-
-
-class TorchPredictor:
-    """A torch module in evaluation mode. Use ``load``."""
-
-    format = "torch"
-
-    def __init__(self, module: nn.Module, config: ModelConfig, *, device: torch.device | str = "cpu") -> None:
-        self.input_shape, self.num_classes = config.input_shape, config.num_classes
-        self.input_dtype, self.fields = config.input_dtype, config.fields
-        self.class_names, self.parameters = config.class_names, config.parameters
-        self.preprocessing = config.preprocessing
-        self.module = module.eval().to(device)
-        self.device = device
-
-    def prepare(self, raw: Any) -> Tensor:
-        """See ``Predictor``."""
-        return prepare(raw, how=self.preprocessing, input_shape=self.input_shape)
-
-    def __call__(self, inputs: Tensor) -> Tensor:
-        """See ``Predictor``."""
-        import torch
-
-        _check_inputs(inputs, self.input_shape, self.input_dtype)
-        if len(inputs) == 0:
-            return torch.empty(0, self.num_classes)
-        with torch.no_grad():
-            logits: Tensor = self.module(inputs.to(self.device, getattr(torch, self.input_dtype)))
-        return logits.float().cpu()
-
-
-class OnnxPredictor:
-    """An ONNX file in onnxruntime on the CPU. Use ``load``."""
-
-    format = "onnx"
-
-    def __init__(self, config: ModelConfig, *, threads: int) -> None:
-        self.input_shape, self.num_classes = config.input_shape, config.num_classes
-        self.input_dtype, self.fields = config.input_dtype, config.fields
-        self.class_names, self.parameters = config.class_names, config.parameters
-        self.preprocessing = config.preprocessing
-        self._session = open_session(config.file, threads=threads)
-
-    def prepare(self, raw: Any) -> Tensor:
-        """See ``Predictor``."""
-        return prepare(raw, how=self.preprocessing, input_shape=self.input_shape)
-
-    def __call__(self, inputs: Tensor) -> Tensor:
-        """See ``Predictor``."""
-        import torch
-
-        _check_inputs(inputs, self.input_shape, self.input_dtype)
-        if len(inputs) == 0:  # Not every kernel of onnxruntime takes an empty batch.
-            return torch.empty(0, self.num_classes)
-        taken = inputs.detach().to("cpu", getattr(torch, self.input_dtype))
-        return torch.from_numpy(self.run(taken.contiguous().numpy()))
-
-    def run(self, inputs: Any) -> Any:
-        """The same on a NumPy array; a batch of at least one sample."""
-        return self._session.run(["logits"], {"inputs": inputs})[0]
-
-
-def open_session(path: Path, *, threads: int, optimized: Path | None = None) -> Any:
-    """An onnxruntime session on the CPU; ``optimized`` is where it writes the graph that it really runs.
 
     Raises:
-        ArtifactError: the file is missing or is no ONNX model that this onnxruntime runs.
-        SetupError: onnxruntime is not installed.
+        DataError: another shape, or fractions where the model takes whole numbers.
     """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise SetupError("an ONNX model needs onnxruntime, which is not installed; pip install onnxruntime") from error
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3  # Errors; it warns of any initializer that it folds away.
-    # Ranks share the cores: a thread that spins between batches takes them from a neighbour.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if optimized is not None:
-        options.optimized_model_filepath = str(optimized)
-    if not path.is_file():
-        raise ArtifactError(f"{path.parent} has no {path.name}; give an artifact or a bundle with an ONNX model")
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's exceptions share no public base class.
-        raise ArtifactError(
-            f"onnxruntime {onnxruntime.__version__} cannot load {path} ({str(error).splitlines()[0]}); make it anew"
-        ) from error
-
-
-def _check_inputs(inputs: Tensor, expected: tuple[int, ...], dtype: str) -> None:
     shape = inputs.shape
     if inputs.is_floating_point() and dtype != "float32":
         raise DataError(f"inputs are {inputs.dtype}, but the model takes whole numbers (torch.{dtype}); convert them")

@@ -52,9 +52,10 @@ class Program:
 
 
 class Backend(Protocol):
-    """Writes a program as the file that one runtime loads."""
+    """Writes a program as the file that one runtime loads. ``format`` is that file's, one of ``runtimes.FORMATS``."""
 
     name: str
+    format: str
 
     def write(self, program: Program, path: Path) -> dict[str, Any]:
         """Write the file and say in JSON what the runtime makes of it. Called on rank 0 only.
@@ -67,9 +68,12 @@ class Backend(Protocol):
 
 
 class Recipe(Protocol):
-    """Decides what becomes an integer."""
+    """Decides what becomes an integer. ``format`` is that of the file that its backend writes."""
 
     name: str
+
+    @property
+    def format(self) -> str: ...
 
     def quantize(
         self, model: nn.Module, *, input_shape: Sequence[int], calibration: Calibration, world: World, path: Path

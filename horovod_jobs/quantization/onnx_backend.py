@@ -11,9 +11,9 @@ import torch
 
 from horovod_jobs.errors import ConfigError
 from horovod_jobs.export import capture, known_messages_hidden, strip, to_onnx, write_onnx
-from horovod_jobs.predict import open_session
 from horovod_jobs.quantization.base import DynamicScheme, Program
 from horovod_jobs.quantization.onnx_graph import finish
+from horovod_jobs.runtimes.onnx import open_session
 
 if TYPE_CHECKING:
     import onnx
@@ -31,6 +31,7 @@ class OnnxRuntime:
     """Writes model.onnx for onnxruntime's CPU kernels and counts the integer kernels that it really runs."""
 
     name = "onnxruntime"
+    format = "onnx"
 
     def write(self, program: Program, path: Path) -> dict[str, Any]:
         """See ``Backend``."""

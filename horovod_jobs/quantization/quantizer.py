@@ -47,6 +47,11 @@ class StaticInt8:
         )
         self._backend = backend or _default_backend()
 
+    @property
+    def format(self) -> str:
+        """See ``Recipe``."""
+        return self._backend.format
+
     def quantize(
         self, model: nn.Module, *, input_shape: Sequence[int], calibration: Calibration, world: World, path: Path
     ) -> dict[str, Any]:
@@ -111,6 +116,11 @@ class DynamicInt8:
     def __init__(self, *, per_channel: bool = True, reduce_range: bool = False, backend: Backend | None = None) -> None:
         self._scheme = DynamicScheme(per_channel=per_channel, reduce_range=reduce_range)
         self._backend = backend or _default_backend()
+
+    @property
+    def format(self) -> str:
+        """See ``Recipe``."""
+        return self._backend.format
 
     def quantize(
         self, model: nn.Module, *, input_shape: Sequence[int], calibration: Calibration, world: World, path: Path

@@ -10,10 +10,10 @@ from typing import Any
 
 from horovod_jobs import manifest as manifests
 from horovod_jobs.artifacts import Artifact, open_artifact
-from horovod_jobs.bundle import ONNX_FILE, WEIGHTS
 from horovod_jobs.errors import ArtifactError
 from horovod_jobs.manifest import Manifest, StageEntry
 from horovod_jobs.report.weights import weights_bytes
+from horovod_jobs.runtimes import FORMATS
 
 
 @dataclass(frozen=True)
@@ -236,7 +236,7 @@ def _row(label: str | None, view: StageView, finder: _Finder) -> ModelRow | None
     details = view.meta.get("details") or {}
     confusion = details.get("confusion") or []
     form = str(details.get("format") or ("onnx" if given.get("kind") == "quantized" else "torch"))
-    file = {"torch": WEIGHTS, "onnx": ONNX_FILE}.get(form)
+    file = FORMATS[form].file if form in FORMATS else None
     file = file if made and file in made.files else None
     file_bytes = made.files[file]["bytes"] if made and file else view.entry["model_bytes"]
     stage = str(meta.get("stage") or given.get("stage"))

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from horovod_jobs import formats
-from horovod_jobs.bundle import RUNTIMES
 from horovod_jobs.report import measures
 from horovod_jobs.report.collect import ModelRow, ReportData
+from horovod_jobs.runtimes import runtime_of
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def main_table(data: ReportData) -> Table:
         ("Worst class", [_worst(row) for row in models], False),
         ("Parameters", [formats.integer(row.parameters) for row in models], True),
         ("On disk", [formats.size(row.file_bytes) for row in models], True),
-        ("Runs in", [RUNTIMES.get(row.format, row.format) for row in models], False),
+        ("Runs in", [runtime_of(row.format) for row in models], False),
         *((f"Batch {b}, ms (p50 / p95)", [_latency(row, b) for row in models], True) for b in batches),
         ("Made in", [formats.duration(row.seconds) for row in models], True),
         (f"Energy, {energy}", [formats.scaled(row.energy_kwh, energy_factor) for row in models], True),

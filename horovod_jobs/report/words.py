@@ -7,9 +7,9 @@ import shlex
 from collections.abc import Sequence
 
 from horovod_jobs import formats
-from horovod_jobs.bundle import RUNTIMES
 from horovod_jobs.report.collect import ModelRow, ReportData, StageView
 from horovod_jobs.report.measures import measure
+from horovod_jobs.runtimes import runtime_of
 
 
 def summary_sentences(data: ReportData) -> list[str]:
@@ -82,7 +82,7 @@ def _latency_sentence(final: ModelRow, other: ModelRow) -> str:
     if batch is None:
         return ""
     new, old = final.latency_ms[batch]["p50"], other.latency_ms[batch]["p50"]
-    ours, theirs = (RUNTIMES.get(row.format, row.format) for row in (final, other))
+    ours, theirs = (runtime_of(row.format) for row in (final, other))
     return (
         f"At batch {batch} its median latency is {formats.milliseconds(new)} ms in {ours}; the {_named(other)}'s is "
         f"{formats.milliseconds(old)} ms {'there' if ours == theirs else f'in {theirs}'}."

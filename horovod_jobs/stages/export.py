@@ -13,7 +13,8 @@ from horovod_jobs.bundle import CONFIG, ONNX_FILE, WEIGHTS, ModelConfig, read_co
 from horovod_jobs.config import ExportStage
 from horovod_jobs.errors import ConfigError, GateError
 from horovod_jobs.export import export_onnx
-from horovod_jobs.predict import load_module, open_session
+from horovod_jobs.predict import load_module
+from horovod_jobs.runtimes import FORMATS
 from horovod_jobs.stages.base import StageContext, StageResult
 from horovod_jobs.stages.evaluate import check_classes
 from horovod_jobs.storage import storage_errors, write_text
@@ -49,7 +50,7 @@ def run(ctx: StageContext, cfg: ExportStage) -> StageResult:
 def _write(ctx: StageContext, cfg: ExportStage, source: ModelConfig) -> dict[str, Any]:
     """Rank 0: fill the staging directory."""
     staging = ctx.staging
-    names = [CONFIG, source.file.name]
+    names = [CONFIG, source.file.name, *source.kept_as.beside]
     with storage_errors("write the bundle to", staging):
         for name in names:
             shutil.copyfile(source.directory / name, staging / name)
@@ -76,6 +77,8 @@ def _write(ctx: StageContext, cfg: ExportStage, source: ModelConfig) -> dict[str
 @torch.no_grad()
 def onnx_difference(module: torch.nn.Module, path: Path, samples: torch.Tensor) -> float:
     """The largest absolute difference of an ONNX file's outputs from the module's: two batch sizes, two calls each."""
+    from horovod_jobs.runtimes.onnx import open_session
+
     session = open_session(path, threads=1)
     largest = 0.0
     for batch in _CHECK_BATCHES:
@@ -109,6 +112,7 @@ def readme(config: ModelConfig, names: list[str], *, allowed: Sequence[str]) -> 
     shape = ", ".join(str(size) for size in config.input_shape)
     target = config.model.get("_target_", "unknown")
     described = {
+        **{form.file: f"the model for {form.runtime}" for form in FORMATS.values()},
         CONFIG: "the model's class and arguments, input shape, preprocessing and class names",
         WEIGHTS: "the weights, in safetensors format",
         ONNX_FILE: "the model for ONNX runtimes: input `inputs`, output `logits`, a batch of any size",
@@ -118,7 +122,7 @@ def readme(config: ModelConfig, names: list[str], *, allowed: Sequence[str]) -> 
         f"`{target}` with {config.parameters:,} parameters: {config.input_dtype} inputs `[B, {shape}]`, logits `[B, "
         f"{config.num_classes}]` "
         f"for the classes {', '.join(config.class_names)}. {inputs_sentence(config)}",
-        "\n".join(f"- `{name}`: {described[name]}" for name in names),
+        "\n".join(f"- `{name}`: {described.get(name, 'belongs to the model')}" for name in names),
         "## With horovod_jobs",
         f"```python\n{example(config, 'path/to/this/directory', allowed=allowed)}\n```",
     ]

@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from horovod_jobs.bundle import CONFIG, ONNX_FILE, read_config
+from horovod_jobs.bundle import CONFIG, read_config
 from horovod_jobs.config import QuantizeStage
 from horovod_jobs.data.base import Batch
 from horovod_jobs.errors import ConfigError, GateError
 from horovod_jobs.evaluation import evaluate
 from horovod_jobs.instantiate import instantiate
-from horovod_jobs.predict import OnnxPredictor, load_module
+from horovod_jobs.predict import Predictor, load_module
 from horovod_jobs.quantization.base import Calibration, Recipe
 from horovod_jobs.quantization.calibration import calibration_batches, calibration_indices, indices_digest
+from horovod_jobs.runtimes import FORMATS, Format
 from horovod_jobs.stages.base import StageContext, StageResult
 from horovod_jobs.stages.evaluate import check_classes
 from horovod_jobs.storage import write_json
@@ -32,7 +33,7 @@ _EVALUATION_BATCH = 250
 
 
 def run(ctx: StageContext, cfg: QuantizeStage) -> StageResult:
-    """Collective. Quantize ``needs.model``; the artifact is ``quantized`` (model.onnx and config.json).
+    """Collective. Quantize ``needs.model``; the artifact is ``quantized`` (config.json and the file of the backend's format).
 
     Raises:
         ConfigError: calibration samples that are not there, or a model that cannot be quantized.
@@ -41,6 +42,7 @@ def run(ctx: StageContext, cfg: QuantizeStage) -> StageResult:
     world, artifact = ctx.world, ctx.inputs["model"]
     with world.agreed("quantize.load"):
         recipe: Recipe = instantiate(cfg.quantizer, allow=ctx.allow_targets, where=f"stages.{ctx.name}.quantizer")
+        form = format_of(recipe, stage=ctx.name)
         source = read_config(artifact)
         check_classes(ctx.data, source, where=f"stages.{ctx.name}")
         model = load_module(artifact, allow_targets=ctx.allow_targets)
@@ -52,7 +54,7 @@ def run(ctx: StageContext, cfg: QuantizeStage) -> StageResult:
         input_shape=source.input_shape,
         calibration=Calibration(ctx.data.train, batches),
         world=world,
-        path=ctx.staging / ONNX_FILE,
+        path=ctx.staging / form.file,
     )
     found |= {
         "calibration": {
@@ -62,16 +64,30 @@ def run(ctx: StageContext, cfg: QuantizeStage) -> StageResult:
         },
         "gate": {"split": split_name, "samples": len(split), "max_drop_points": cfg.max_drop},
     }
-    written = replace(source, format="onnx", directory=ctx.staging)
+    written = replace(source, format=form.name, directory=ctx.staging)
     config = {**written.to_json(), "quantization": found}  # What ``predict`` reads, and how it was made.
     world.main(lambda: write_json(ctx.staging / CONFIG, config), name="quantize.config")
     with world.agreed("quantize.reload"):
-        quantized = OnnxPredictor(written, threads=torch.get_num_threads())
+        quantized: Predictor = form.load(written, allow_targets=ctx.allow_targets)
         found["check"] = compare(model, quantized, split)
     metrics = hold_against(model, quantized, split, ctx)
     check_gate(metrics, primary=ctx.task.primary, max_drop=cfg.max_drop, stage=ctx.name, split=split_name)
     model_bytes = world.main(lambda: sum(path.stat().st_size for path in ctx.staging.iterdir()), name="quantize.bytes")
     return StageResult(metrics=metrics, details=found, parameters=source.parameters, model_bytes=model_bytes)
+
+
+def format_of(recipe: Recipe, *, stage: str) -> Format:
+    """What the recipe's backend writes.
+
+    Raises:
+        ConfigError: nothing here would load it.
+    """
+    if recipe.format not in FORMATS:
+        raise ConfigError(
+            f"stages.{stage}.quantizer writes the format {recipe.format!r}, which nothing here loads; use a backend that writes "
+            f"one of {', '.join(FORMATS)}"
+        )
+    return FORMATS[recipe.format]
 
 
 def gate_split(ctx: StageContext, cfg: QuantizeStage) -> tuple[str, Split]:

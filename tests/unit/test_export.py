@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from horovod_jobs.errors import ConfigError, GateError
 from horovod_jobs.export import capture, export_onnx, known_messages_hidden
 from horovod_jobs.models.vit import VisionTransformer
-from horovod_jobs.predict import open_session
+from horovod_jobs.runtimes.onnx import open_session
 from horovod_jobs.stages.export import check_tolerance, onnx_difference
 from tests.support import SmallNet
 

@@ -17,9 +17,9 @@ from horovod_jobs.data.base import TensorSplit
 from horovod_jobs.errors import ConfigError
 from horovod_jobs.models.cnn import StridedCnn
 from horovod_jobs.models.vit import VisionTransformer
-from horovod_jobs.predict import open_session
 from horovod_jobs.quantization.base import Calibration
 from horovod_jobs.quantization.quantizer import DynamicInt8
+from horovod_jobs.runtimes.onnx import open_session
 
 SHAPE = (1, 12, 12)
 NOTHING = Calibration(TensorSplit(torch.zeros(1, *SHAPE), torch.zeros(1)), [])

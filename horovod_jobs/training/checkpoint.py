@@ -25,7 +25,7 @@ RankState = dict[str, torch.Tensor]
 
 class Checkpoints:
     """``<directory>/step-<n>/`` holds ``state.pt`` (tensors and plain values only), ``rank-<r>.pt`` where ranks have something of
-    their own, and the SHA-256 of each."""
+    their own, the SHA-256 of each, and which ``best-<n>/`` belongs to it."""
 
     def __init__(self, directory: Path, *, keep: int, world: World, log: logging.Logger) -> None:
         self._directory, self._keep, self._world, self._log = directory, keep, world, log
@@ -33,7 +33,7 @@ class Checkpoints:
     def save(
         self, state: dict[str, Any], *, step: int, best_step: int | None = None, rank_state: RankState | None = None
     ) -> None:
-        """Collective. Publish a checkpoint, then drop those that are neither among the last ``keep`` nor the best.
+        """Collective. Publish a checkpoint, then drop those that are not among the last ``keep``, and every best that is none of theirs.
 
         ``rank_state`` is what this rank alone has; either every rank gives some or none does.
 
@@ -46,26 +46,36 @@ class Checkpoints:
                 data = self._send(rank_state if rank == self._world.rank else None, root=rank)
                 if self._world.is_main:
                     files[f"rank-{rank}.pt"] = data
-        self._world.main(lambda: self._write(files, name=f"step-{step:09d}"), name="checkpoint.save")
+        self._world.main(
+            lambda: self._write(files, name=f"step-{step:09d}", best_step=best_step), name="checkpoint.save"
+        )
         self._world.main(lambda: self._prune(best_step), name="checkpoint.prune")
 
     def save_best(self, state: dict[str, Any], *, step: int) -> None:
-        """Collective. Publish the best weights so far; the ones before go with the next ``save``."""
-        self._world.main(lambda: self._write({_STATE: _dumped(state)}, name=f"best-{step:09d}"), name="checkpoint.best")
+        """Collective. Publish the best weights so far; those before that belong to no checkpoint go."""
+        self._world.main(lambda: self._write({_STATE: _dumped(state)}, name=_best(step)), name="checkpoint.best")
+        self._world.main(lambda: self._prune(step), name="checkpoint.prune")
 
-    def load_best(self, step: int) -> dict[str, Any]:
-        """Collective. The best weights, which ``save_best`` has published in this run or before it."""
-        state = self._share(lambda: self._read(self._directory / f"best-{step:09d}"), name="checkpoint.load_best")
-        assert state is not None, "save_best has published them"
-        return state
+    def has_best(self, step: int) -> bool:
+        """Collective. Whether the best weights of that step are there and whole."""
+        return self._world.main(
+            lambda: self._read(self._directory / _best(step)) is not None, name="checkpoint.has_best"
+        )
 
-    def load_last(self) -> tuple[dict[str, Any], list[RankState]] | None:
+    def load_best(self, step: int) -> dict[str, Any] | None:
+        """Collective. The best weights, which ``save_best`` has published in this run or before it; None where they are damaged."""
+        return self._share(lambda: self._read(self._directory / _best(step)), name="checkpoint.load_best")
+
+    def load_last(self, *, with_best: bool = False) -> tuple[dict[str, Any], list[RankState]] | None:
         """Collective. The newest checkpoint that is whole, or None. A damaged one is named, removed and passed over.
+
+        ``with_best``: one whose best weights are damaged is passed over too, because from the one before it the run ends as it
+        would have; where there is none before it, it is taken even so, and ``has_best`` tells.
 
         Beside the common state: what this rank had of its own, and in a smaller world also that of ranks that are gone.
         """
         found: list[Path] = []
-        state = self._share(lambda: self._newest(found), name="checkpoint.load")
+        state = self._share(lambda: self._newest(found, with_best=with_best), name="checkpoint.load")
         if state is None:
             return None
         count = self._world.main(lambda: len(list(found[0].glob("rank-*.pt"))), name="checkpoint.ranks")
@@ -80,7 +90,7 @@ class Checkpoints:
         return state, mine
 
     # --- rank 0 -----------------------------------------------------------------------------------------------------
-    def _write(self, files: dict[str, bytes], *, name: str) -> None:
+    def _write(self, files: dict[str, bytes], *, name: str, best_step: int | None = None) -> None:
         with storage_errors("write a checkpoint to", self._directory):
             self._directory.mkdir(parents=True, exist_ok=True)
             for stale in self._directory.glob(".new-*"):
@@ -89,28 +99,50 @@ class Checkpoints:
             try:
                 for file, data in files.items():
                     (staging / file).write_bytes(data)
-                write_json(staging / _INDEX, {"sha256": {file: sha256_file(staging / file) for file in files}})
+                digests = {file: sha256_file(staging / file) for file in files}
+                write_json(staging / _INDEX, {"sha256": digests, "best_step": best_step})
                 publish_dir(staging, self._directory / name)
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
 
     def _prune(self, best_step: int | None) -> None:
+        """Keep the last few, and the best of each: who falls back to the one before needs the best of that one."""
         steps = sorted(self._directory.glob("step-*"))
-        best = [
-            path for path in self._directory.glob("best-*") if best_step is None or path.name != f"best-{best_step:09d}"
-        ]
-        for path in [*steps[: -self._keep], *best]:
+        wanted = {best_step, *(self._best_of(path) for path in steps[-self._keep :])}
+        names = {_best(step) for step in wanted if step is not None}
+        stale = [path for path in self._directory.glob("best-*") if path.name not in names]
+        for path in [*steps[: -self._keep], *stale]:
             shutil.rmtree(path, ignore_errors=True)
 
-    def _newest(self, found: list[Path]) -> bytes | None:
+    def _newest(self, found: list[Path], *, with_best: bool) -> bytes | None:
+        spare: tuple[Path, bytes] | None = None
         for path in sorted(self._directory.glob("step-*"), reverse=True):
             data = self._read(path)
-            if data is not None:
+            if data is None:
+                self._log.warning("checkpoint %s is damaged; falling back to the one before", path.name)
+                shutil.rmtree(path, ignore_errors=True)
+                continue
+            best = self._best_of(path) if with_best else None
+            if best is None or self._read(self._directory / _best(best)) is not None:
                 found.append(path)
                 return data
-            self._log.warning("checkpoint %s is damaged; falling back to the one before", path.name)
-            shutil.rmtree(path, ignore_errors=True)
-        return None
+            self._log.warning(
+                "checkpoint %s, the best weights of %s, is damaged; falling back to the one before",
+                _best(best),
+                path.name,
+            )
+            spare = spare or (path, data)
+        if spare is None:
+            return None
+        found.append(spare[0])
+        return spare[1]
+
+    def _best_of(self, path: Path) -> int | None:
+        try:
+            step = json.loads((path / _INDEX).read_text(encoding="utf-8")).get("best_step")
+        except (OSError, ValueError, AttributeError):
+            return None
+        return step if isinstance(step, int) else None
 
     def _read(self, path: Path) -> bytes | None:
         try:
@@ -149,6 +181,10 @@ class Checkpoints:
     def _bytes(self, mine: bytes | None, *, size: int, root: int, name: str) -> bytes:
         tensor = torch.frombuffer(bytearray(mine), dtype=torch.uint8) if mine else torch.empty(size, dtype=torch.uint8)
         return self._world.broadcast(tensor, name=name, root=root).numpy().tobytes()
+
+
+def _best(step: int) -> str:
+    return f"best-{step:09d}"
 
 
 def _dumped(state: dict[str, Any]) -> bytes:

@@ -129,8 +129,9 @@ class Fit:
                     self._epoch()
         finally:
             self.updater.close()
-        if self.config.publish == "best" and self.state.best_step is not None:
-            self.objective.load_state_dict(self.checkpoints.load_best(self.state.best_step))
+        best = self._best_weights()
+        if best is not None:
+            self.objective.load_state_dict(best)
         elif self.ema is not None:
             self.objective.load_state_dict(self.ema.average)
         self.world.steady(lambda: refuse_non_finite_model(self.ctx, self.state, self.objective.model, self.device))
@@ -338,10 +339,29 @@ class Fit:
             state.epochs_since_best += 1
             return
         state.best, state.best_step, state.epochs_since_best = value, state.step, 0
-        if self.config.publish == "best":
-            weights = self.ema.average if self.ema is not None else self.objective.state_dict()
-            best = {key: tensor.cpu() for key, tensor in weights.items()}
-            self.world.steady(lambda: self.checkpoints.save_best(best, step=state.step))
+        # Kept whatever is published: a job that is cut off leaves its best weights beside its last.
+        weights = self.ema.average if self.ema is not None else self.objective.state_dict()
+        best = {key: tensor.cpu() for key, tensor in weights.items()}
+        self.world.steady(lambda: self.checkpoints.save_best(best, step=state.step))
+
+    def _best_weights(self) -> dict[str, Any] | None:
+        """Collective. What ``publish=best`` publishes; None for the last weights."""
+        step = self.state.best_step
+        if self.config.publish != "best" or step is None:
+            return None
+        best = self.world.steady(lambda: self.checkpoints.load_best(step))
+        if best is None:
+            self._forget_best("the last weights are published")
+        return best
+
+    def _forget_best(self, instead: str) -> None:
+        self.ctx.log.warning(
+            "%s: the best weights, those of step %s, are damaged or gone; %s",
+            self.ctx.name,
+            self.state.best_step,
+            instead,
+        )
+        self.state.best = self.state.best_step = None
 
     def _settle(self) -> None:
         """Collective. The same parameters, optimizer state and buffers on every rank."""
@@ -394,7 +414,7 @@ class Fit:
 
     def _resume(self) -> tuple[dict[str, Any], list[dict[str, Tensor]]]:
         """Collective. Take the newest whole checkpoint, if there is one. Gives the strategy's part of it, and this rank's own."""
-        loaded = self.checkpoints.load_last()
+        loaded = self.checkpoints.load_last(with_best=self.config.publish == "best")
         if self.commits is not None:
             loaded = self.commits.newer(loaded, self.world)
         if loaded is None:
@@ -409,6 +429,9 @@ class Fit:
             self.ema.average = {key: value.to(self.device) for key, value in saved["ema"].items()}
         self.precision.restore(saved["precision"])
         self.state = FitState(**{"seen": saved["fit"]["batch"] * self.global_batch, **saved["fit"]})
+        best_step = self.state.best_step if self.config.publish == "best" else None
+        if best_step is not None and not self.checkpoints.has_best(best_step):
+            self._forget_best("the best from here on are published, or the last")
         self.spent_before = Footprint.from_json(saved["spent"])
         self.resumed_from = self.state.step
         self.ctx.log.info("%s: goes on from step %d of %d", self.ctx.name, self.state.step, self.total_steps)

@@ -17,6 +17,7 @@ from horovod_jobs.errors import ConfigError, Interrupted, InterruptedByUser, Non
 from horovod_jobs.interrupt import StopRequest
 from horovod_jobs.stages import train
 from horovod_jobs.stages.base import StageResult
+from horovod_jobs.training.checkpoint import Checkpoints
 from tests.support import SMALL_NET, blob_data, context, fit_config, train_stage
 
 WITH_DROPOUT = {**SMALL_NET, "dropout": 0.3}
@@ -69,14 +70,72 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path: Path, caplo
         run(tmp_path / "b", stop=StopAt(8), checkpoint_every_steps=3)
     steps = sorted((tmp_path / "b/store/.work").glob("*/step-*"))
     assert [path.name for path in steps] == ["step-000000006", "step-000000008"], "the last two are kept"
-    content = bytearray((steps[-1] / "state.pt").read_bytes())
-    content[len(content) // 2] ^= 1
-    (steps[-1] / "state.pt").write_bytes(content)
+    damage(steps[-1] / "state.pt")
     with caplog.at_level(logging.WARNING):
         resumed, result = run(tmp_path / "b", checkpoint_every_steps=3)
     assert result.resumed_from_step == 6
     assert "checkpoint step-000000008 is damaged; falling back to the one before" in caplog.text
     assert same(whole, resumed)
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut_with_best(directory: Path, **fit: Any) -> list[Path]:
+    """A run that is cut off after step 13 of 15, its best being that of step 5; gives the files of the best weights."""
+    with pytest.raises(Interrupted):
+        run(directory, stop=StopAt(13), **fit)
+    return sorted((directory / "store/.work").glob("*/best-*/state.pt"))
+
+
+def test_the_best_weights_are_kept_whatever_is_published(tmp_path: Path) -> None:
+    kept = cut_with_best(tmp_path, epochs=3, checkpoint_every_steps=6, checkpoint_keep=3)
+    assert [path.parent.name for path in kept] == ["best-000000005", "best-000000010"], "of steps 12 and 13, and of 6"
+
+
+@pytest.mark.parametrize("every", [3, 6, 20], ids=lambda every: f"a checkpoint every {every} steps")
+def test_damaged_best_weights_send_the_run_back_or_are_forgotten(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, every: int
+) -> None:
+    fit = {"publish": "best", "epochs": 3, "checkpoint_every_steps": every, "checkpoint_keep": 3}
+    whole, straight = run(tmp_path / "a", **fit)
+    for path in cut_with_best(tmp_path / "b", **fit)[-1:]:
+        damage(path)
+    with caplog.at_level(logging.WARNING):
+        resumed, result = run(tmp_path / "b", **fit)
+    assert "checkpoint best-000000010, the best weights of step-000000013, is damaged; falling back" in caplog.text
+    if every == 20:  # There is nothing before it.
+        assert result.resumed_from_step == 13
+        assert (
+            "the best weights, those of step 10, are damaged or gone; the best from here on are published"
+            in caplog.text
+        )
+        assert result.details["best_step"] == 15
+    else:
+        assert result.resumed_from_step == {3: 9, 6: 6}[every]
+        assert result.details["best_step"] == straight.details["best_step"]
+        assert same(whole, resumed)
+
+
+def test_best_weights_that_are_damaged_while_the_run_goes_on_give_way_to_the_last(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = Checkpoints.load_best
+
+    def damaged(self: Checkpoints, step: int) -> Any:
+        damage(tmp_path / f"best/store/.work/model-{'ab' * 8}/best-{step:09d}/state.pt")
+        return load(self, step)
+
+    monkeypatch.setattr(Checkpoints, "load_best", damaged)
+    last, _ = run(tmp_path / "last")
+    with caplog.at_level(logging.WARNING):
+        best, result = run(tmp_path / "best", publish="best")
+    assert "are damaged or gone; the last weights are published" in caplog.text
+    assert result.details["best_step"] is None
+    assert same(last, best)
 
 
 def test_ctrl_c_has_its_own_exit_code(tmp_path: Path) -> None:

@@ -48,14 +48,16 @@ class Teacher(Protocol):
 
 
 class LiveTeacher:
-    """Runs the frozen teacher on the batch as it is, augmentation included."""
+    """Runs the frozen teacher on the batch as it is, augmentation included, in full precision like its cache."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model.eval().requires_grad_(False)
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Tensor:
-        outputs: Tensor = self._model(batch.inputs)
+        # The student's autocast would reach into the teacher, whose cached outputs are those of float32.
+        with torch.autocast(batch.inputs.device.type, enabled=False):
+            outputs: Tensor = self._model(batch.inputs)
         return outputs
 
 

@@ -20,6 +20,7 @@ from horovod_jobs.interrupt import StopRequest
 from horovod_jobs.predict import load_module
 from horovod_jobs.stages import distill, train
 from horovod_jobs.stages.base import StageResult
+from horovod_jobs.storage import digest_of
 from horovod_jobs.strategy import allreduce
 from tests.support import ALLREDUCE, blob_data, context, fit_config, train_stage
 
@@ -171,15 +172,16 @@ def published(ctx: Any, *, fingerprint: str) -> Artifact:
     return artifact
 
 
-def distill_stage(**distiller: Any) -> DistillStage:
-    base = train_stage()
+def distill_stage(*, precision: str = "fp32", **distiller: Any) -> DistillStage:
+    base = train_stage(fit=fit_config(precision=precision))
     terms = {"soft": {"_target_": "horovod_jobs.distillation.losses.SoftTargets", "weight": 0.9},
              "hard": {"_target_": "horovod_jobs.distillation.losses.HardLabels", "weight": 0.1}}  # fmt: skip
     node = {"_target_": "horovod_jobs.distillation.Distiller", "terms": terms, **distiller}
     return DistillStage(**{**base.__dict__, "kind": "distill", "distiller": node, "augment": False})
 
 
-def test_cached_live_and_single_process_distillation_agree(world: World, shared_dir: Path) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_cached_live_and_single_process_distillation_agree(world: World, shared_dir: Path, precision: str) -> None:
     ctx = context(shared_dir, world=world, name="teacher")
     train.run(ctx, train_stage())
     teacher = published(ctx, fingerprint="cd" * 32)
@@ -189,13 +191,13 @@ def test_cached_live_and_single_process_distillation_agree(world: World, shared_
         ("cached", world, True),
         (f"alone-{world.rank}", SingleWorld(), True),
     ):
-        student = context(
-            shared_dir, world=where, name=name, inputs={"teacher": teacher}, fingerprint=name[0] * 64, seed=1
-        )
-        histories.append(distill.run(student, distill_stage(cache=cache)).details["history"])
+        print_ = digest_of(name)  # One a rank where ranks train alone: they keep checkpoints by it.
+        student = context(shared_dir, world=where, name=name, inputs={"teacher": teacher}, fingerprint=print_, seed=1)
+        histories.append(distill.run(student, distill_stage(cache=cache, precision=precision)).details["history"])
     for live, cached, single in zip(*histories, strict=True):
         assert cached["train_loss"] == pytest.approx(live["train_loss"], rel=1e-5)
-        assert single["train_loss"] == pytest.approx(cached["train_loss"], rel=1e-4)
+        # In bf16 a share of a batch is rounded in another way than the whole.
+        assert single["train_loss"] == pytest.approx(cached["train_loss"], rel=1e-4 if precision == "fp32" else 0.02)
 
 
 def test_the_cache_holds_the_teachers_outputs_in_order_and_is_made_again_when_damaged(

@@ -19,6 +19,7 @@ from horovod_jobs.distillation.losses import (
 from horovod_jobs.distillation.objective import CachedTeacher, Distillation, Distiller, LiveTeacher
 from horovod_jobs.errors import ConfigError
 from horovod_jobs.tasks.classification import Classification
+from horovod_jobs.training.precision import Precision
 
 
 def softmax(row: np.ndarray) -> np.ndarray:
@@ -106,10 +107,14 @@ def test_the_objective_is_the_weighted_sum_over_samples() -> None:
     assert set(output.sums) == {"correct", "soft_loss", "squared_loss", "hard_loss"}
 
 
-def test_cached_and_live_teacher_give_the_same_loss() -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_cached_and_live_teacher_give_the_same_loss(precision: str) -> None:
+    """The student's autocast must not reach into the teacher."""
     whole, rows = batch_of(30), torch.tensor([3, 29, 3, 11])
     part = Batch(whole.inputs[rows], whole.targets[rows], rows)
-    assert torch.allclose(make(cached=False)(part).loss, make(cached=True)(part).loss, atol=1e-6)
+    live, cached = make(cached=False), make(cached=True)  # The cache is filled before the training, without autocast.
+    with Precision(precision, device=torch.device("cpu")).autocast():
+        assert torch.allclose(live(part).loss, cached(part).loss, atol=1e-6)
 
 
 def test_the_teacher_is_frozen_in_eval_mode_and_not_part_of_the_module() -> None:

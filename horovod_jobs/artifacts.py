@@ -200,11 +200,12 @@ class ArtifactStore:
             yield
 
     def sweep_staging(self, kind: str, fingerprint: str) -> None:
-        """Remove staging directories that killed jobs left behind: this artifact's, whose lock the caller holds, and any a day old."""
+        """Remove what killed jobs left behind, half-made (``.staging-``) or half-replaced (``.old-``): this artifact's, whose lock
+        the caller holds, and any a day old."""
         import time
 
-        ours = f".staging-{reference(kind, fingerprint)}-"
-        for path in self.root.glob(".staging-*"):
+        ours = tuple(f"{prefix}{reference(kind, fingerprint)}-" for prefix in (".staging-", ".old-"))
+        for path in [*self.root.glob(".staging-*"), *self.root.glob(".old-*")]:
             with suppress(FileNotFoundError):
                 if path.name.startswith(ours) or time.time() - path.stat().st_mtime > 86400:
                     shutil.rmtree(path, ignore_errors=True)

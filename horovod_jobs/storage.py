@@ -158,7 +158,8 @@ def publish_dir(staging: Path, target: Path) -> None:
         old = None
         if target.exists():
             # rename() refuses a directory that is not empty, so the old one steps aside first.
-            old = Path(tempfile.mkdtemp(dir=target.parent, prefix=".old-"))
+            # Killed before the end, this process leaves it behind; its name says whose it was (``sweep_staging``).
+            old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".old-{target.name}-"))
             os.replace(target, old / "content")
         os.replace(staging, target)
         _fsync_dir(target.parent)

@@ -93,7 +93,7 @@ class Checkpoints:
     def _write(self, files: dict[str, bytes], *, name: str, best_step: int | None = None) -> None:
         with storage_errors("write a checkpoint to", self._directory):
             self._directory.mkdir(parents=True, exist_ok=True)
-            for stale in self._directory.glob(".new-*"):
+            for stale in [*self._directory.glob(".new-*"), *self._directory.glob(".old-*")]:
                 shutil.rmtree(stale, ignore_errors=True)
             staging = Path(tempfile.mkdtemp(dir=self._directory, prefix=".new-"))
             try:

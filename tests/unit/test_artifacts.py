@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,39 @@ def test_damage_is_noticed_and_named(tmp_path: Path, damage, message: str) -> No
 def test_a_path_without_an_artifact(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="there is no artifact.json"):
         open_artifact(tmp_path)
+
+
+@pytest.mark.parametrize("at", [1, 2], ids=["before the new one is in place", "before the old one is removed"])
+def test_what_a_killed_replacement_leaves_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    store = ArtifactStore(tmp_path)
+    publish(store, "old")
+    replace, calls = os.replace, []
+
+    def killed(source: object, target: object) -> None:
+        if Path(str(target)).name in ("content", f"model-{PRINT[:16]}"):  # Not the index, which is renamed too.
+            calls.append(target)
+            if len(calls) > at:
+                raise KeyboardInterrupt
+        replace(source, target)  # type: ignore[arg-type]
+
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    monkeypatch.setattr(shutil, "rmtree", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        publish(store, "new")
+    monkeypatch.undo()
+    assert [path for path in tmp_path.iterdir() if path.name.startswith(".old-")], "it was killed in between"
+    other = tmp_path / ".old-model-0123456789abcdef-x"
+    other.mkdir()
+    store.sweep_staging("model", PRINT)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == [other.name], (
+        "another job's is young"
+    )
+    os.utime(other, (0, 0))
+    store.sweep_staging("model", PRINT)
+    assert not other.exists()
 
 
 def test_two_jobs_do_not_make_the_same_artifact(tmp_path: Path) -> None:

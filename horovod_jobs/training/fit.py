@@ -26,6 +26,7 @@ from horovod_jobs.stages.base import StageContext
 from horovod_jobs.strategy.base import Setting, StepTime, Strategy
 from horovod_jobs.strategy.elastic import commits_of
 from horovod_jobs.training.batchnorm import SyncBatchNorm, Waiting
+from horovod_jobs.training.best import Best
 from horovod_jobs.training.checkpoint import Checkpoints
 from horovod_jobs.training.ema import Ema
 from horovod_jobs.training.nonfinite import refuse_non_finite, refuse_non_finite_model
@@ -64,6 +65,7 @@ class Fit:
         self.device = next(objective.parameters()).device
         self.precision = Precision(config.precision, device=self.device)
         self.checkpoints = Checkpoints(ctx.work, keep=config.checkpoint_keep, world=ctx.world, log=ctx.log)
+        self.best = Best(ctx, self.checkpoints, published=config.publish == "best")
         self.state = FitState()
         self.timing, self.whole = Timing(), Timing()
         self.identity = identity
@@ -129,7 +131,7 @@ class Fit:
                     self._epoch()
         finally:
             self.updater.close()
-        best = self._best_weights()
+        best = self.best.weights(self.state)
         if best is not None:
             self.objective.load_state_dict(best)
         elif self.ema is not None:
@@ -295,7 +297,7 @@ class Fit:
         state.epoch, state.batch, state.seen, state.sums = state.epoch + 1, 0, 0, {}
         if self.ctx.data.validation is not None and (last or (every > 0 and state.epoch % every == 0)):
             entry.update(self.world.steady(self.validate))
-            self._note_best(float(entry[f"validation_{self.ctx.task.primary}"]))
+            self.best.note(self.state, float(entry[f"validation_{self.ctx.task.primary}"]), weights=self._averaged)
         patience = config.early_stop_epochs
         state.finished = last or (patience is not None and state.epochs_since_best >= patience)
         entry = {key: value for key, value in entry.items() if not (isinstance(value, float) and math.isnan(value))}
@@ -333,35 +335,10 @@ class Fit:
         primary = self.ctx.task.primary
         return {"validation_loss": float(figures["loss"]), f"validation_{primary}": float(figures[primary])}
 
-    def _note_best(self, value: float) -> None:
-        state = self.state
-        if state.best is not None and value <= state.best:
-            state.epochs_since_best += 1
-            return
-        state.best, state.best_step, state.epochs_since_best = value, state.step, 0
-        # Kept whatever is published: a job that is cut off leaves its best weights beside its last.
-        weights = self.ema.average if self.ema is not None else self.objective.state_dict()
-        best = {key: tensor.cpu() for key, tensor in weights.items()}
-        self.world.steady(lambda: self.checkpoints.save_best(best, step=state.step))
-
-    def _best_weights(self) -> dict[str, Any] | None:
-        """Collective. What ``publish=best`` publishes; None for the last weights."""
-        step = self.state.best_step
-        if self.config.publish != "best" or step is None:
-            return None
-        best = self.world.steady(lambda: self.checkpoints.load_best(step))
-        if best is None:
-            self._forget_best("the last weights are published")
-        return best
-
-    def _forget_best(self, instead: str) -> None:
-        self.ctx.log.warning(
-            "%s: the best weights, those of step %s, are damaged or gone; %s",
-            self.ctx.name,
-            self.state.best_step,
-            instead,
-        )
-        self.state.best = self.state.best_step = None
+    def _averaged(self) -> dict[str, Tensor]:
+        """What is validated: the averaged weights where there are."""
+        weights: dict[str, Tensor] = self.ema.average if self.ema is not None else self.objective.state_dict()
+        return weights
 
     def _settle(self) -> None:
         """Collective. The same parameters, optimizer state and buffers on every rank."""
@@ -429,9 +406,7 @@ class Fit:
             self.ema.average = {key: value.to(self.device) for key, value in saved["ema"].items()}
         self.precision.restore(saved["precision"])
         self.state = FitState(**{"seen": saved["fit"]["batch"] * self.global_batch, **saved["fit"]})
-        best_step = self.state.best_step if self.config.publish == "best" else None
-        if best_step is not None and not self.checkpoints.has_best(best_step):
-            self._forget_best("the best from here on are published, or the last")
+        self.best.check(self.state)
         self.spent_before = Footprint.from_json(saved["spent"])
         self.resumed_from = self.state.step
         self.ctx.log.info("%s: goes on from step %d of %d", self.ctx.name, self.state.step, self.total_steps)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from horovod_jobs.artifacts import SCHEMA_VERSION
-from horovod_jobs.config import StageConfig, TrainStage
+from horovod_jobs.config import EvaluateStage, ExportStage, StageConfig, TrainStage
 from horovod_jobs.errors import ConfigError
 from horovod_jobs.storage import digest_of
 
@@ -120,9 +120,23 @@ def _node(name: str, stage: StageConfig, nodes: Mapping[str, Node]) -> Node:
     for role, source in off.items():
         if role in stage.INPUTS:
             return Node(name, stage, stage.needs, off=f"it needs {source}, which is off")
+    for source in stage.needs.values():
+        if (
+            isinstance(stage, EvaluateStage)
+            and stage.format == "onnx"
+            and _exports_torch_only(nodes.get(source), nodes)
+        ):
+            return Node(name, stage, stage.needs, off=f"it needs {source}'s model.onnx, which onnx=false leaves out")
     if stage.needs and len(off) == len(stage.needs):
         return Node(name, stage, stage.needs, off="everything it needs is off")
     return Node(name, stage, {role: source for role, source in stage.needs.items() if role not in off})
+
+
+def _exports_torch_only(node: Node | None, nodes: Mapping[str, Node]) -> bool:
+    if node is None or not isinstance(node.config, ExportStage) or node.config.onnx:
+        return False
+    made_of = nodes.get(node.needs.get("model", ""))
+    return made_of is not None and made_of.config.OUTPUT == "model"
 
 
 def fit_counts_ranks(stage: TrainStage) -> bool:

@@ -65,7 +65,12 @@ def logistic_regression(data: DataModule) -> float:
 def test_the_model_against_a_logistic_regression(split: str, tmp_path: Path) -> None:
     """Two ranks, the settings of the experiment, the same parts and the same columns for both (docs/click_through.md has the figures)."""
     experiment = "experiment=ctr" if split == "random" else "experiment=ctr_time"
-    off = ("stages.int8.enabled=false", "stages.eval_int8.enabled=false", "stages.eval_model.latency_runs=5")
+    off = (
+        "stages.int8.enabled=false",
+        "stages.eval_int8.enabled=false",
+        "stages.eval_onnx.enabled=false",
+        "stages.eval_model.latency_runs=5",
+    )
     done = run(
         experiment,
         *WORLD,
@@ -83,7 +88,8 @@ def test_the_model_against_a_logistic_regression(split: str, tmp_path: Path) -> 
 
 
 SMALL = ("experiment=ctr", "fit.epochs=1", "fit.max_steps=40", "stages.eval_model.latency_runs=5",
-         "stages.eval_int8.latency_runs=5", "stages.int8.max_drop=null", "stages.int8.check_samples=500")  # fmt: skip
+         "stages.eval_int8.latency_runs=5", "stages.eval_onnx.latency_runs=5",
+         "stages.int8.max_drop=null", "stages.int8.check_samples=500")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -107,9 +113,9 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_whole_graph_runs_and_the_figures_hang_together(job: Path) -> None:
     told = valid_manifest(job)
     assert {entry["name"]: entry["status"] for entry in told["stages"]} == dict.fromkeys(
-        ("model", "int8", "eval_model", "eval_int8", "export", "report"), "ran"
+        ("model", "int8", "eval_model", "eval_int8", "eval_onnx", "export", "report"), "ran"
     )
-    for name in ("eval_model", "eval_int8"):
+    for name in ("eval_model", "eval_int8", "eval_onnx"):
         metrics = stage(told, name)["metrics"]
         assert 0.5 < metrics["auc"] < 1
         assert 0.5 < metrics["calibration"] < 1.5

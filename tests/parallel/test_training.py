@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from horovod_jobs.stages import distill, train
 from horovod_jobs.stages.base import StageResult
 from horovod_jobs.storage import digest_of
 from horovod_jobs.strategy import allreduce
-from tests.support import ALLREDUCE, blob_data, context, fit_config, train_stage
+from tests.support import ALLREDUCE, SmallNet, blob_data, context, fit_config, train_stage
 
 
 class StopAt(StopRequest):
@@ -91,6 +93,39 @@ def test_every_rank_ends_with_the_same_weights(world: World, shared_dir: Path) -
         assert torch.equal(low, high), key
 
 
+class ByRank(SmallNet):
+    """Starts from weights and statistics that depend on the rank, and does not learn."""
+
+    def __init__(self, *, num_classes: int, input_shape: tuple[int, ...]) -> None:
+        super().__init__(num_classes=num_classes, input_shape=input_shape)
+        with torch.no_grad():
+            for tensor in [*self.parameters(), self.bn.running_mean]:
+                tensor.fill_(0.1 * (1 + int(os.environ["HOROVOD_JOBS_TEST_RANK"])))
+
+
+def test_all_ranks_start_from_rank_0s_weights(world: World, shared_dir: Path) -> None:
+    """Nothing is learnt, so each rank ends where it began: at 0.1, which is rank 0's. Seeded alike, ranks would begin alike anyway."""
+    still = {"_target_": "torch.optim.SGD", "lr": 0.0}
+    ended = []
+
+    def keep(ctx: Any, cfg: Any, objective: torch.nn.Module, **rest: Any) -> StageResult:
+        ended.append(objective)
+        return fit_and_save(ctx, cfg, objective, **rest)
+
+    fit_and_save = train.fit_and_save
+    train.fit_and_save = keep
+    try:
+        model = {"_target_": "tests.parallel.test_training.ByRank"}
+        train.run(context(shared_dir, world=world), train_stage(model=model, optimizer=still))
+    finally:
+        train.fit_and_save = fit_and_save
+    told = world.gather_json(
+        [parameter.detach().mean().item() for parameter in ended[0].parameters()], name="test.ended"
+    )
+    for means in told:
+        assert means == pytest.approx([0.1] * len(means))
+
+
 def test_a_stop_asked_of_one_rank_stops_all_and_resuming_is_exact(world: World, shared_dir: Path) -> None:
     whole, _ = run(shared_dir / "a", world)
     stop = StopAt(7) if world.rank == world.size - 1 else None
@@ -118,8 +153,6 @@ def test_a_user_error_on_one_rank_before_training_stops_all(world: World, shared
 
         def fetch(self, indices: Tensor) -> None:
             raise DataError("file is gone (x); fetch it again") if world.rank else RuntimeError("first rank")
-
-    from dataclasses import replace
 
     data = replace(blob_data(), train=Broken())
     with pytest.raises(Exception, match=r"gone|first rank|does not fit"):

@@ -77,6 +77,17 @@ def test_switching_off_spreads_to_those_that_cannot_do_without() -> None:
     assert everything["report"] == "everything it needs is off"
 
 
+def test_the_onnx_file_that_an_export_leaves_out_is_not_evaluated() -> None:
+    for onnx, source, off in ((True, "student", False), (False, "student", True), (False, "int8", False)):
+        stages = {
+            "export": ExportStage(needs={"model": source}, onnx=onnx),
+            "eval_onnx": EvaluateStage(needs={"model": "export"}, format="onnx"),
+        }
+        node = next(node for node in build(graph(**stages)) if node.name == "eval_onnx")
+        assert (node.off is not None) == off
+        assert node.off is None or "onnx=false" in node.off
+
+
 def print_of(stage: StageConfig, **given: Any) -> str:
     settings: dict[str, Any] = {
         "inputs": {},

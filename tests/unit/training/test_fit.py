@@ -243,7 +243,7 @@ def test_a_model_that_does_not_fit_is_found_before_it_trains(
         train.run(context(tmp_path), train_stage(model=model))
 
 
-def test_compile_and_channels_last_train_the_same(tmp_path: Path) -> None:
+def test_channels_last_trains_the_same(tmp_path: Path) -> None:
     plain, _ = run(tmp_path / "a", max_steps=3)
     other, _ = run(tmp_path / "b", max_steps=3, channels_last=True)
     assert all(torch.allclose(plain[key].double(), other[key].double(), atol=1e-4) for key in plain)

@@ -29,7 +29,7 @@ from horovod_jobs.training.batchnorm import SyncBatchNorm, Waiting
 from horovod_jobs.training.best import Best
 from horovod_jobs.training.checkpoint import Checkpoints
 from horovod_jobs.training.ema import Ema
-from horovod_jobs.training.nonfinite import refuse_non_finite, refuse_non_finite_model
+from horovod_jobs.training.nonfinite import refuse_non_finite
 from horovod_jobs.training.precision import Precision
 from horovod_jobs.training.schedules import Schedule
 from horovod_jobs.training.state import FitState, Timing, seed_step
@@ -98,7 +98,7 @@ class Fit:
 
         Raises:
             Interrupted: a stop was agreed; a checkpoint is written.
-            NonFiniteError: a loss, a validation's sum or a weight is NaN or infinite; nothing is published.
+            NonFiniteError: a rank's loss is NaN or infinite; nothing is published.
             StorageError: a checkpoint cannot be written; the ones before are whole.
         """
         strategy_state, rank_states = self._resume()
@@ -136,7 +136,6 @@ class Fit:
             self.objective.load_state_dict(best)
         elif self.ema is not None:
             self.objective.load_state_dict(self.ema.average)
-        self.world.steady(lambda: refuse_non_finite_model(self.ctx, self.state, self.objective.model, self.device))
         return self.state
 
     # --- 2. an epoch ------------------------------------------------------------------------------------------------

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from horovod_jobs.errors import NonFiniteError
 from horovod_jobs.stages.base import StageContext
 from horovod_jobs.training.state import FitState
 
 _SHOWN = 8
-_TRIED = 64
 
 
 def refuse_non_finite(ctx: StageContext, state: FitState, *, mine: Tensor | None) -> NoReturn:
@@ -38,27 +37,4 @@ def refuse_non_finite(ctx: StageContext, state: FitState, *, mine: Tensor | None
         f"the loss is not finite in stage {ctx.name} at step {state.step} (epoch {state.epoch + 1}) on rank "
         f"{', '.join(map(str, ranks))}, training samples {shown}; lower optimizer.lr, set fit.clip_norm, or look at these "
         "samples. Nothing was published"
-    )
-
-
-def refuse_non_finite_model(ctx: StageContext, state: FitState, model: nn.Module, device: torch.device) -> None:
-    """Collective. Look at what is to be published: after the last update there is no loss that would tell.
-
-    Raises:
-        NonFiniteError: on every rank alike, a weight, a buffer or an output for the first training samples is NaN or infinite.
-    """
-    bad = [name for name, tensor in model.state_dict().items() if not bool(torch.isfinite(tensor).all())]
-    if not bad:
-        model.eval()
-        with torch.no_grad():
-            outputs = model(ctx.data.train.fetch(torch.arange(min(len(ctx.data.train), _TRIED))).to(device).inputs)
-        bad = [] if bool(torch.isfinite(outputs).all()) else ["its outputs for training samples"]
-    told = ctx.world.gather_json(bad[:_SHOWN], name="fit.finite")
-    names = next((found for found in told if found), None)
-    if names is None:
-        return
-    ctx.events.emit("non_finite", stage=ctx.name, step=state.step, tensors=names)
-    raise NonFiniteError(
-        f"the model of stage {ctx.name} is not finite after step {state.step} ({', '.join(names)}); lower optimizer.lr or set "
-        "fit.clip_norm. Nothing was published"
     )

@@ -7,7 +7,7 @@
     ├── SetupError                   5   something is not installed, or a launcher cannot start
     ├── StorageError                 6   no space, no permission, a path that cannot be used
     ├── GateError                    7   a quality gate that the result does not pass
-    ├── NonFiniteError               8   a loss that is NaN or infinite
+    ├── NonFiniteError               8   a loss, weights or outputs that are NaN or infinite
     ├── WorldError                   9   ranks that do not agree, or one that failed while the others went on
     └── Interrupted                 75   stopped on request with a checkpoint: the same command goes on (EX_TEMPFAIL)
         └── InterruptedByUser      130   the same, by Ctrl-C
@@ -61,7 +61,7 @@ class GateError(JobError):
 
 
 class NonFiniteError(JobError):
-    """A loss that is NaN or infinite."""
+    """A loss, weights or outputs that are NaN or infinite."""
 
     exit_code = 8
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from horovod_jobs.comm.world import World
 from horovod_jobs.data.sharding import evaluation_indices
-from horovod_jobs.errors import DataError
+from horovod_jobs.errors import DataError, NonFiniteError
 
 if TYPE_CHECKING:
     from horovod_jobs.data.base import Batch, Split
@@ -58,6 +58,19 @@ def reduce_sums(sums: dict[str, Tensor], *, world: World, name: str) -> dict[str
     total = world.allreduce(packed, name=name)
     parts = total.split([math.prod(sums[key].shape) for key in keys])
     return {key: part.reshape(sums[key].shape) for key, part in zip(keys, parts, strict=True)}
+
+
+def refuse_non_finite_sums(sums: Mapping[str, Tensor | float], *, what: str, remedy: str) -> None:
+    """What a whole split's sums, or figures made of them, must be: numbers. They are the same on every rank, so all raise or none.
+
+    Raises:
+        NonFiniteError: one of them is NaN or infinite.
+    """
+    bad = [key for key, value in sums.items() if not bool(torch.isfinite(torch.as_tensor(value)).all())]
+    if bad:
+        first = torch.as_tensor(sums[bad[0]]).flatten()
+        value = first[~torch.isfinite(first)][0].item()
+        raise NonFiniteError(f"{what} is not finite ({bad[0]}={value}); {remedy}")
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from horovod_jobs.bundle import ModelConfig, read_config
 from horovod_jobs.config import EvaluateStage
 from horovod_jobs.errors import ConfigError
-from horovod_jobs.evaluation import evaluate
+from horovod_jobs.evaluation import evaluate, refuse_non_finite_sums
 from horovod_jobs.latency import measure
 from horovod_jobs.predict import Predictor, load_config
 from horovod_jobs.stages.base import StageContext, StageResult
@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 
 def run(ctx: StageContext, cfg: EvaluateStage) -> StageResult:
-    """Collective. Measure ``needs.model``; the artifact is an ``evaluation`` (evaluation.json)."""
+    """Collective. Measure ``needs.model``; the artifact is an ``evaluation`` (evaluation.json).
+
+    Raises:
+        NonFiniteError: the model gives NaN or infinity.
+    """
     artifact = ctx.inputs["model"]
     with ctx.world.agreed("evaluate.load"):
         if cfg.batch < 1:
@@ -28,6 +32,11 @@ def run(ctx: StageContext, cfg: EvaluateStage) -> StageResult:
         predictor = load_config(config, allow_targets=ctx.allow_targets)
         check_classes(ctx.data, predictor, where=f"stages.{ctx.name}")
     sums = evaluate(predictor, split, ctx.task, world=ctx.world, batch=cfg.batch, name=f"{ctx.name}.{cfg.split}")
+    refuse_non_finite_sums(
+        sums,
+        what=f"stages.{ctx.name}: what {artifact.ref} gives for the split {cfg.split}",
+        remedy="look at the inputs of this split, or train the model anew with a lower optimizer.lr",
+    )
     figures = ctx.task.summary(sums)
 
     def measured() -> dict[str, Any]:

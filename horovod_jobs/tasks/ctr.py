@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from horovod_jobs.data.base import Batch
-from horovod_jobs.errors import ConfigError, DataError
+from horovod_jobs.errors import ConfigError, DataError, NonFiniteError
 
 # Scores beyond these are all counted in the outermost bins: a probability of 1e-7 and less from 1 - 1e-7 and more.
 _LIMIT = 16.0
@@ -60,12 +60,13 @@ class ClickThrough:
 
         Raises:
             DataError: a target other than 0 and 1, or logits that are not ``[B, 2]``.
+            NonFiniteError: a score that has no bin.
         """
         self._check(logits, batch, values=True)
         scores, clicked = score(logits.detach()), batch.targets.bool()
         if not bool(torch.isfinite(scores).all()):
             at = int(batch.indices[int((~torch.isfinite(scores)).nonzero()[0])])
-            raise DataError(
+            raise NonFiniteError(
                 f"the model's score of sample {at} is not finite; look at the sample, or train the model anew"
             )
         # In float64, so that a score near the edge of a bin does not depend on how float32 rounds the product.

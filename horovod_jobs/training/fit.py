@@ -6,7 +6,6 @@ that was cut off and resumed is the run that was not, and world sizes differ by 
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -18,7 +17,7 @@ from torch import Tensor
 from horovod_jobs.config import FitConfig
 from horovod_jobs.data.base import Batch, batches
 from horovod_jobs.data.sharding import epoch_permutation, micro_batches, num_batches
-from horovod_jobs.evaluation import evaluate
+from horovod_jobs.evaluation import evaluate, refuse_non_finite_sums
 from horovod_jobs.footprint import Footprint
 from horovod_jobs.formats import throughput
 from horovod_jobs.interrupt import stopped
@@ -29,7 +28,7 @@ from horovod_jobs.training.batchnorm import SyncBatchNorm, Waiting
 from horovod_jobs.training.best import Best
 from horovod_jobs.training.checkpoint import Checkpoints
 from horovod_jobs.training.ema import Ema
-from horovod_jobs.training.nonfinite import refuse_non_finite
+from horovod_jobs.training.nonfinite import non_finite_names, refuse_bad_weights, refuse_non_finite, told_of_overflow
 from horovod_jobs.training.precision import Precision
 from horovod_jobs.training.schedules import Schedule
 from horovod_jobs.training.state import FitState, Timing, seed_step
@@ -98,9 +97,11 @@ class Fit:
 
         Raises:
             Interrupted: a stop was agreed; a checkpoint is written.
-            NonFiniteError: a rank's loss is NaN or infinite; nothing is published.
+            NonFiniteError: a rank's loss, or the model at the end, is NaN or infinite; nothing is published.
+            ConfigError: the optimizer's numbers do not fit float32.
             StorageError: a checkpoint cannot be written; the ones before are whole.
         """
+        by_design = non_finite_names(self.objective)
         strategy_state, rank_states = self._resume()
         # Batches may have been of another size before: from here on they are of this one.
         whole_epochs = self.config.epochs - self.state.epoch - 1
@@ -136,6 +137,7 @@ class Fit:
             self.objective.load_state_dict(best)
         elif self.ema is not None:
             self.objective.load_state_dict(self.ema.average)
+        self.world.steady(lambda: refuse_bad_weights(self.ctx, self.state, self.objective, before=by_design))
         return self.state
 
     # --- 2. an epoch ------------------------------------------------------------------------------------------------
@@ -212,7 +214,8 @@ class Fit:
         if control[0] > 0:
             refuse_non_finite(self.ctx, self.state, mine=self.bad)
         self.precision.unscale(self.updater)
-        self.precision.step(self.updater)
+        with told_of_overflow(self.ctx, self.state, self.optimizer):
+            self.precision.step(self.updater)
         if self.ema is not None:
             self.ema.update()
         end = clock()
@@ -289,7 +292,8 @@ class Fit:
         }
         if sums.get("count"):
             entry["train_loss"] = sums["loss"] / sums["count"]
-            entry["train_accuracy"] = sums["correct"] / sums["count"] if "correct" in sums else float("nan")
+            if "correct" in sums:
+                entry["train_accuracy"] = sums["correct"] / sums["count"]
         entry["samples_per_s"] = self.whole.figures()["samples_per_s"]
         last = state.epoch + 1 >= config.epochs or state.step >= self.total_steps
         every = config.validate_every_epochs
@@ -299,7 +303,6 @@ class Fit:
             self.best.note(self.state, float(entry[f"validation_{self.ctx.task.primary}"]), weights=self._averaged)
         patience = config.early_stop_epochs
         state.finished = last or (patience is not None and state.epochs_since_best >= patience)
-        entry = {key: value for key, value in entry.items() if not (isinstance(value, float) and math.isnan(value))}
         state.history.append(entry)
         self._log_scalars({key: float(value) for key, value in entry.items() if key not in ("epoch", "step")})
         self.ctx.events.emit("epoch", stage=self.ctx.name, **entry)
@@ -310,7 +313,11 @@ class Fit:
         self.ctx.log.info("%s: epoch %d of %d, %s, %s", self.ctx.name, state.epoch, config.epochs, shown, speed)
 
     def validate(self) -> dict[str, float]:
-        """Collective. Loss and primary figure on the validation split, with the averaged weights where there are."""
+        """Collective. Loss and primary figure on the validation split, with the averaged weights where there are.
+
+        Raises:
+            NonFiniteError: one of them is not a number; the same on every rank.
+        """
         if self.ema is not None:
             with self.ema.applied():
                 return self._validate()
@@ -330,9 +337,14 @@ class Fit:
             device=self.device,
         )
         self.objective.train()
+        what = f"validation in stage {self.ctx.name} after step {self.state.step}"
+        remedy = "lower optimizer.lr or set fit.clip_norm. Nothing was published"
+        refuse_non_finite_sums(sums, what=what, remedy=remedy)
         figures = self.ctx.task.summary(sums)
         primary = self.ctx.task.primary
-        return {"validation_loss": float(figures["loss"]), f"validation_{primary}": float(figures[primary])}
+        found = {"validation_loss": float(figures["loss"]), f"validation_{primary}": float(figures[primary])}
+        refuse_non_finite_sums(found, what=what, remedy=remedy)  # A task may divide by zero.
+        return found
 
     def _averaged(self) -> dict[str, Tensor]:
         """What is validated: the averaged weights where there are."""

@@ -24,6 +24,8 @@ from horovod_jobs.stages import distill, train
 from horovod_jobs.stages.base import StageResult
 from horovod_jobs.storage import digest_of
 from horovod_jobs.strategy import allreduce
+from horovod_jobs.training.nonfinite import refuse_bad_weights
+from horovod_jobs.training.state import FitState
 from tests.support import ALLREDUCE, SmallNet, blob_data, context, fit_config, train_stage
 
 
@@ -144,6 +146,25 @@ def test_a_non_finite_loss_on_one_rank_stops_all(world: World, shared_dir: Path)
     data.train._inputs[17] = float("inf")
     with pytest.raises(NonFiniteError, match=r"on rank \d.*, training samples .*the inputs of 17 are not finite"):
         train.run(context(shared_dir, world=world, data=data), train_stage())
+
+
+@pytest.mark.parametrize("validation", [True, False], ids=["validated", "no validation split"])
+def test_a_model_that_diverges_in_its_last_step_stops_all(world: World, shared_dir: Path, validation: bool) -> None:
+    data = blob_data() if validation else replace(blob_data(), validation=None)
+    ctx = context(shared_dir, world=world, data=data)
+    schedule = {"_target_": "tests.unit.training.test_fit.RuinLast"}
+    with pytest.raises(NonFiniteError, match=r"not finite.*Nothing was published"):
+        train.run(ctx, train_stage(schedule=schedule))
+    assert not list(ctx.staging.iterdir())
+
+
+def test_bad_weights_of_one_rank_stop_all(world: World, shared_dir: Path) -> None:
+    ctx = context(shared_dir, world=world)
+    module = torch.nn.Linear(2, 1)
+    if world.rank == world.size - 1:
+        module.weight.data[0, 1] = float("nan")
+    with pytest.raises(NonFiniteError, match=rf"after its last step, 3, on rank {world.size - 1} \(weight\)"):
+        refuse_bad_weights(ctx, FitState(step=3), module, before=set())
 
 
 def test_a_user_error_on_one_rank_before_training_stops_all(world: World, shared_dir: Path) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 from horovod_jobs.comm.world import SingleWorld
+from horovod_jobs.config import EvaluateStage
 from horovod_jobs.data.base import TensorSplit
-from horovod_jobs.errors import DataError
+from horovod_jobs.errors import DataError, NonFiniteError
 from horovod_jobs.evaluation import evaluate
+from horovod_jobs.predict import save_model
+from horovod_jobs.stages import evaluate as evaluate_stage
 from horovod_jobs.tasks.classification import Classification
-from tests.support import SmallNet, blob_data, blobs
+from tests.support import SMALL_NET, SmallNet, blob_data, blobs, context
 
 TASK = Classification(num_classes=3, top_k=[2])
 
@@ -60,6 +65,20 @@ def test_no_gradient_is_kept() -> None:
 
     evaluate(predict, blob_data().test, TASK, world=SingleWorld(), batch=50, name="test")
     assert grads == [False]
+
+
+def test_a_model_that_gives_nan_is_refused_by_name(tmp_path: Path) -> None:
+    ctx = context(tmp_path)
+    net = model()
+    net.head.weight.data[0, 0] = float("nan")
+    save_model(
+        ctx.staging, net, model_node=SMALL_NET, num_classes=3, input_shape=(1, 6, 6), class_names=("a", "b", "c")
+    )
+    bad = ctx.store.publish(ctx.staging, kind="model", fingerprint="cd" * 32, meta={"stage": "model"})
+    with pytest.raises(
+        NonFiniteError, match=rf"{bad.ref} gives for the split test is not finite \(loss=nan\); look at"
+    ):
+        evaluate_stage.run(context(tmp_path, name="evaluation", inputs={"model": bad}), EvaluateStage())
 
 
 def test_an_empty_split_is_refused() -> None:

@@ -7,7 +7,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 from horovod_jobs.comm.world import SingleWorld
 from horovod_jobs.data.base import Batch
 from horovod_jobs.data.categorical import Field, IdSplit
-from horovod_jobs.errors import ConfigError, DataError
+from horovod_jobs.errors import ConfigError, DataError, NonFiniteError
 from horovod_jobs.evaluation import evaluate
 from horovod_jobs.tasks.ctr import ClickThrough, auc_standard_error, binned_auc, score
 
@@ -138,7 +138,7 @@ def test_what_does_not_fit(logits, targets, message):
 def test_a_score_that_is_not_finite_names_its_sample():
     logits = torch.zeros(3, 2)
     logits[1, 0] = float("nan")
-    with pytest.raises(DataError, match="score of sample 1 is not finite"):
+    with pytest.raises(NonFiniteError, match="score of sample 1 is not finite"):
         ClickThrough().evaluation_sums(logits, batch(torch.tensor([0, 1, 1])))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,75 @@ def test_a_non_finite_loss_names_step_and_samples(tmp_path: Path) -> None:
     assert not list((tmp_path / "staging/stage").iterdir())
 
 
+CONSTANT = {"_target_": "horovod_jobs.training.schedules.Constant"}
+
+
+@pytest.mark.parametrize("validation", [True, False], ids=["validated", "no validation split"])
+@pytest.mark.parametrize(("epochs", "steps"), [(1, 1), (2, 7)])
+def test_a_model_that_diverges_in_its_last_step_is_not_published(
+    tmp_path: Path, validation: bool, epochs: int, steps: int
+) -> None:
+    """No loss is looked at after the last update. Earlier ones are small enough to leave a good model."""
+    data = blob_data() if validation else replace(blob_data(), validation=None)
+    ctx = context(tmp_path, data=data)
+    schedule = {"_target_": "tests.unit.training.test_fit.RuinLast"}
+    with pytest.raises(NonFiniteError, match=r"not finite.*lower optimizer.lr.*Nothing was published") as caught:
+        train.run(ctx, train_stage(schedule=schedule, fit=fit_config(epochs=epochs, max_steps=steps)))
+    assert caught.value.exit_code == 8
+    assert f"{'after' if validation else 'last'} step" in str(caught.value)
+    assert not list(ctx.staging.iterdir())
+
+
+class RuinLast:
+    def factor(self, step: int, *, total: int, steps_per_epoch: int) -> float:
+        return 1.0 if step < total - 1 else 1e38 / 0.05
+
+
+def test_weights_that_overflow_are_named_where_nothing_validates_them(tmp_path: Path) -> None:
+    data = replace(blob_data(), validation=None)
+    sgd = {"_target_": "torch.optim.SGD", "lr": 3e38, "momentum": 0.9, "weight_decay": 1e3}
+    with pytest.raises(NonFiniteError, match=r"after its last step, 1, on rank 0 \(model\..*\); lower optimizer.lr"):
+        train.run(
+            context(tmp_path, data=data), train_stage(optimizer=sgd, schedule=CONSTANT, fit=fit_config(max_steps=1))
+        )
+
+
+def test_a_rate_that_float32_cannot_hold_is_named(tmp_path: Path) -> None:
+    sgd = {"_target_": "torch.optim.SGD", "lr": 1e45}
+    with pytest.raises(
+        ConfigError, match=r"overflows float32 in stage stage at step 0 with the learning rate 1e\+45; lower"
+    ):
+        train.run(context(tmp_path), train_stage(optimizer=sgd, schedule=CONSTANT))
+
+
+def test_a_figure_that_is_not_a_number_ends_the_stage(tmp_path: Path) -> None:
+    """It must not become the best, nor vanish from the history."""
+    ctx = context(tmp_path)
+    summary = ctx.task.summary
+    ctx.task.summary = lambda sums: {**summary(sums), "accuracy": float("nan")}
+    with pytest.raises(
+        NonFiniteError, match=r"validation in stage stage after step 5 is not finite \(validation_accuracy=nan\)"
+    ):
+        train.run(ctx, train_stage())
+
+
+class Masked(torch.nn.Module):
+    def __init__(self, *, num_classes: int) -> None:
+        super().__init__()
+        self.head = torch.nn.Linear(36, num_classes)
+        self.register_buffer("mask", torch.tensor([[0.0, -torch.inf], [0.0, 0.0]]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(x.flatten(1))
+        return out + self.mask.softmax(1)[0, 1]
+
+
+def test_a_mask_may_be_infinite(tmp_path: Path) -> None:
+    ctx = context(tmp_path)
+    train.run(ctx, train_stage(model={"_target_": "tests.unit.training.test_fit.Masked"}))
+    assert torch.isinf(load_file(ctx.staging / "model.safetensors")["mask"]).any()
+
+
 def test_the_best_weights_are_published(tmp_path: Path) -> None:
     """A rate that ruins the second epoch: the first epoch's weights are the best."""
     schedule = {"_target_": "tests.unit.training.test_fit.RuinLater"}
@@ -208,8 +278,7 @@ class Flat(torch.nn.Module):
 
 
 def test_linear_rate_scaling(tmp_path: Path) -> None:
-    constant = {"_target_": "horovod_jobs.training.schedules.Constant"}
-    result = train.run(context(tmp_path), train_stage(schedule=constant, fit=fit_config(lr_reference_batch=6)))
+    result = train.run(context(tmp_path), train_stage(schedule=CONSTANT, fit=fit_config(lr_reference_batch=6)))
     assert result.details["history"][-1]["lr"] == pytest.approx(0.05 * 24 / 6)
 
 

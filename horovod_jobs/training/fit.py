@@ -17,7 +17,6 @@ from torch import Tensor
 from horovod_jobs.config import FitConfig
 from horovod_jobs.data.base import Batch, batches
 from horovod_jobs.data.sharding import epoch_permutation, micro_batches, num_batches
-from horovod_jobs.evaluation import evaluate, refuse_non_finite_sums
 from horovod_jobs.footprint import Footprint
 from horovod_jobs.formats import throughput
 from horovod_jobs.interrupt import stopped
@@ -32,8 +31,7 @@ from horovod_jobs.training.nonfinite import non_finite_names, refuse_bad_weights
 from horovod_jobs.training.precision import Precision
 from horovod_jobs.training.schedules import Schedule
 from horovod_jobs.training.state import FitState, Timing, seed_step
-
-_VALIDATION_BATCH = 256
+from horovod_jobs.training.validation import validation
 
 
 class Fit:
@@ -324,26 +322,9 @@ class Fit:
         return self._validate()
 
     def _validate(self) -> dict[str, float]:
-        split = self.ctx.data.validation
-        assert split is not None
         self.objective.eval()
-        sums = evaluate(
-            self.objective.model,
-            split,
-            self.ctx.task,
-            world=self.world,
-            batch=_VALIDATION_BATCH,
-            name="fit.validation",
-            device=self.device,
-        )
+        found = validation(self.ctx, self.objective.model, step=self.state.step, device=self.device)
         self.objective.train()
-        what = f"validation in stage {self.ctx.name} after step {self.state.step}"
-        remedy = "lower optimizer.lr or set fit.clip_norm. Nothing was published"
-        refuse_non_finite_sums(sums, what=what, remedy=remedy)
-        figures = self.ctx.task.summary(sums)
-        primary = self.ctx.task.primary
-        found = {"validation_loss": float(figures["loss"]), f"validation_{primary}": float(figures[primary])}
-        refuse_non_finite_sums(found, what=what, remedy=remedy)  # A task may divide by zero.
         return found
 
     def _averaged(self) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -51,27 +52,49 @@ class TensorBoard:
             self._writer.close()
 
 
-class MLflow:
-    """An MLflow store without a server: ``sqlite:///runs/mlflow.db`` or a directory. Needs the extra ``mlflow``."""
+_MLFLOW_SETTINGS = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",  # Nothing leaves the machine unless the user says so.
+    "MLFLOW_ALLOW_FILE_STORE": "true",  # It was asked for by name.
+    # A server that is not there is told in seconds, not minutes.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+}
 
-    def __init__(self, *, uri: str = "sqlite:///runs/mlflow.db", experiment: str = "horovod_jobs") -> None:
+
+def _without_password(uri: str) -> str:
+    return re.sub(r"//[^/@]*@", "//***@", uri)
+
+
+class MLflow:
+    """An MLflow store: ``sqlite:///PATH`` or ``file:PATH`` without a server, or a server's address. Needs the extra ``mlflow``."""
+
+    def __init__(self, *, uri: str, experiment: str = "horovod_jobs") -> None:
         self._uri = uri
         self._experiment = experiment
         self._client: Any = None
         self._run_id = ""
 
     def open(self, *, run_dir: Path, run_id: str, config: dict[str, Any]) -> None:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # Nothing leaves the machine unless the user says so.
+        for name, value in _MLFLOW_SETTINGS.items():
+            os.environ.setdefault(name, value)
         try:
             from mlflow.tracking import MlflowClient
         except ImportError as error:
             raise SetupError(
                 f"tracker=mlflow needs mlflow-skinny ({error}); install it: pip install 'horovod-jobs[mlflow]'"
             ) from error
-        self._client = MlflowClient(tracking_uri=self._uri)
-        found = self._client.get_experiment_by_name(self._experiment)
-        experiment_id = found.experiment_id if found else self._client.create_experiment(self._experiment)
-        self._run_id = self._client.create_run(experiment_id, run_name=run_id).info.run_id
+        try:
+            client = MlflowClient(tracking_uri=self._uri)
+            found = client.get_experiment_by_name(self._experiment)
+            experiment_id = found.experiment_id if found else client.create_experiment(self._experiment)
+            self._run_id = client.create_run(experiment_id, run_name=run_id).info.run_id
+        except Exception as error:  # MLflow's, SQLAlchemy's and requests' errors have no base class of their own.
+            what = (str(error).strip().splitlines() or [type(error).__name__])[0][:200].replace(self._uri, "it")
+            raise SetupError(
+                f"tracker.uri={_without_password(self._uri)} cannot be used as an MLflow store ({what}); use "
+                "sqlite:///runs/mlflow.db, file:./runs/mlflow, or the address of a server that runs"
+            ) from error
+        self._client = client
         for key, value in flatten(config):
             if value == {}:
                 continue

@@ -299,8 +299,8 @@ def run_directories(cwd: Path) -> list[Path]:
 
 
 def left_behind(cwd: Path) -> list[str]:
-    """What stands in the directory that a job has no business to leave: Hydra's own directories, half-made artifacts."""
-    names = [name for name in ("outputs", "multirun", ".hydra") if (cwd / name).exists()]
+    """What stands in the directory that a job has no business to leave: Hydra's own directories and notes, half-made artifacts."""
+    names = [name for name in ("outputs", "multirun", "multirun.yaml", ".hydra") if (cwd / name).exists()]
     return (
         names
         + [str(path) for path in cwd.glob("artifacts/.staging-*")]

@@ -194,7 +194,7 @@ class Wait:
 def waiting_in(thread: int) -> tuple[str, int] | None:
     """The collective that a thread is in, and the identity of its frame; None where it does something else.
 
-    It waits where nothing but Horovod, MPI and ``comm`` is on top of its stack: rank 0 at work inside ``World.main`` does not. Some of
+    It waits where nothing but Horovod, MPI, a lock and ``comm`` is on top of its stack: rank 0 at work in ``World.main`` does not. Some of
     Horovod's collectives are autograd functions, so that frames of torch's may lie between.
     """
     frame = sys._current_frames().get(thread)
@@ -208,7 +208,7 @@ def waiting_in(thread: int) -> tuple[str, int] | None:
                 found = (name, id(frame))
             elif found is None:
                 found = (f"{module.rpartition('.')[2]}.{frame.f_code.co_name}", id(frame))
-        elif not module.startswith(("horovod.", "mpi4py", "torch.autograd.")):
+        elif not module.startswith(("horovod.", "mpi4py", "torch.autograd.", "threading")):
             break
         frame = frame.f_back
     return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -81,6 +82,21 @@ def wait_until(done: Callable[[], bool], *, limit_s: float | None = None) -> boo
         if deadline is not None and time.monotonic() > deadline:
             return False
         backoff.rest()
+    return True
+
+
+def sleep_until(
+    done: Callable[[], bool], condition: threading.Condition, *, name: str, look_s: float, limit_s: float | None = None
+) -> bool:
+    """Whether ``done`` came true within ``limit_s``, while another thread drives the messages on and notifies ``condition``, which is held.
+
+    The watchdog finds ``name`` here: it looks for who waits in ``comm`` (see ``pulse``).
+    """
+    deadline = None if limit_s is None else time.monotonic() + limit_s
+    while not done():
+        if deadline is not None and time.monotonic() > deadline:
+            return False
+        condition.wait(look_s)
     return True
 
 

@@ -19,6 +19,7 @@ from horovod_jobs.launch.base import LaunchPlan
 from horovod_jobs.launch.in_rank import DIRECTORY_VARIABLE
 
 _LOOK_S = 0.1  # between two looks at the ranks
+_LEAVE_S = 15.0  # for the ranks to end after one has failed: a stopped one never does, and mpirun may have been told to bear losses
 _AGREED = (75, 130)  # Interrupted and InterruptedByUser: the ranks stopped in order.
 # mpirun keeps its files in a directory named by its process id. One that was killed leaves them behind, and the next one with that id,
 # which is soon in a container, ends with "listener thread failed to start". Open MPI 5 and 4 have these names for another place.
@@ -135,11 +136,23 @@ class _Stopper:
             ranks = [(processes[pid], pid) for pid in sorted(ended) if processes[pid]]
             self.gone = [one for one in ranks if not (self._directory / f"exit-{int(one[0]):06d}").exists()]
 
+    def _note_failed(self) -> None:
+        """Where a rank has failed the job has: the others are given a moment to end."""
+        if self._deadline is not None:
+            return
+        lost = {path.name.removeprefix("lost-") for path in self._directory.glob("lost-*")}
+        for path in self._directory.glob("exit-*"):
+            code = path.read_text()
+            if code.isdigit() and int(code) not in (0, *_AGREED) and path.name.removeprefix("exit-") not in lost:
+                self._deadline = time.monotonic() + _LEAVE_S
+                return
+
     def wait(self) -> int:
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 return self._process.wait(timeout=_LOOK_S)
             self._note_gone()
+            self._note_failed()
             if self._deadline is not None and time.monotonic() > self._deadline:
                 self._process.terminate()
                 with contextlib.suppress(subprocess.TimeoutExpired):

@@ -70,6 +70,20 @@ def test_the_others_go_on_without_a_worker_that_dies(consistency: str, tmp_path:
     assert left_behind(tmp_path) == []
 
 
+@pytest.mark.parametrize(("consistency", "rank"), [("async", 1), ("ssp", 3)], ids=["a worker", "the server"])
+def test_a_rank_that_is_stopped_ends_the_job_in_bounded_time(consistency: str, rank: int, tmp_path: Path) -> None:
+    """It is not dead, so nobody goes on without it; and mpirun, told to bear losses, does not end it."""
+    settings = (f"strategy.consistency={consistency}", "run.silent_limit_s=4", "run.stall_limit_s=8")
+    running = start(*THREE_WORKERS, *settings, cwd=tmp_path)
+    at_checkpoint(running)
+    os.kill(running.ranks()[rank], signal.SIGSTOP)
+    done = running.wait(timeout_s=90)
+    running.nothing_left()
+    assert done.code == 9, done.text
+    assert "gave no sign of life for 4 s" in done.err, done.text
+    assert valid_manifest(tmp_path)["status"] == "failed"
+
+
 @pytest.mark.parametrize("rank", [3, 0], ids=["the server", "the first worker"])
 def test_without_a_server_or_the_first_worker_the_job_ends_and_goes_on_later(rank: int, tmp_path: Path) -> None:
     settings = (*THREE_WORKERS, "strategy.consistency=async")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from horovod_jobs.comm.channel import Backoff, Wire, some
+from horovod_jobs.comm.channel import Backoff, Wire, sleep_until, some
 from horovod_jobs.strategy.parameter_server import protocol
 from horovod_jobs.strategy.parameter_server.lanes import Lanes
 from horovod_jobs.strategy.parameter_server.sharding import Layout
@@ -211,20 +211,21 @@ class Courier:
 
     def _until(self, done: Callable[[], bool], *, limit_s: float | None = None) -> bool:
         """Whether ``done`` came true within the time. Another thread drives the messages on meanwhile."""
-        deadline = None if limit_s is None else time.monotonic() + limit_s
+
+        def checked() -> bool:
+            if done():
+                return True
+            if self._error is not None:
+                self._give_up(self._error)
+            self._check()
+            self.awaited = True
+            return False
+
         with self._lock:
             try:
-                while not done():
-                    if self._error is not None:
-                        self._give_up(self._error)
-                    self._check()
-                    if deadline is not None and time.monotonic() > deadline:
-                        return False
-                    self.awaited = True
-                    self._lock.wait(_LOOK_S)
+                return sleep_until(checked, self._lock, name="parameters", look_s=_LOOK_S, limit_s=limit_s)
             finally:
                 self.awaited = False
-        return True
 
     def _give_up(self, error: BaseException) -> None:
         until = time.monotonic() + _NAMED_WITHIN_S

@@ -25,6 +25,12 @@ def integer(value: int | None) -> str:
     return DASH if value is None else f"{value:,}"
 
 
+def throughput(samples_per_s: float) -> str:
+    """Samples a second without an exponent: 19990.4 -> "19,990 samples/s"."""
+    shown = f"{samples_per_s:,.0f}" if samples_per_s >= 100 else significant(samples_per_s)
+    return f"{shown} samples/s"
+
+
 def size(value: int | None) -> str:
     """Bytes with a decimal unit: 242762 -> "242.8 kB"."""
     if value is None:

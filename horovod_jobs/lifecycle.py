@@ -15,6 +15,7 @@ from horovod_jobs.comm.world import World
 from horovod_jobs.console import Console, EventLog
 from horovod_jobs.errors import StorageError
 from horovod_jobs.footprint import Footprint
+from horovod_jobs.formats import throughput
 from horovod_jobs.interrupt import StopRequest
 from horovod_jobs.planning import Planned, Prepared
 from horovod_jobs.record import figures, now
@@ -152,7 +153,7 @@ def _meta(
 
 def _headline(result: StageResult) -> str:
     shown = [
-        f"{key.replace('_', ' ')} {value:.4g}"
+        throughput(value) if key == "samples_per_s" else f"{key.replace('_', ' ')} {value:.4g}"
         for key, value in result.metrics.items()
         if key.removeprefix("validation_") in ("accuracy", "auc")
         or key in ("drop_points", "samples_per_s", "worst_class_accuracy", "calibration")

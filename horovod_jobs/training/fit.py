@@ -20,6 +20,7 @@ from horovod_jobs.data.base import Batch, batches
 from horovod_jobs.data.sharding import epoch_permutation, micro_batches, num_batches
 from horovod_jobs.evaluation import evaluate
 from horovod_jobs.footprint import Footprint
+from horovod_jobs.formats import throughput
 from horovod_jobs.interrupt import stopped
 from horovod_jobs.stages.base import StageContext
 from horovod_jobs.strategy.base import Setting, StepTime, Strategy
@@ -302,9 +303,10 @@ class Fit:
         self._log_scalars({key: float(value) for key, value in entry.items() if key not in ("epoch", "step")})
         self.ctx.events.emit("epoch", stage=self.ctx.name, **entry)
         shown = ", ".join(f"{key.replace('_', ' ')} {entry[key]:.4g}" for key in
-                          ("train_loss", "validation_loss", f"validation_{self.ctx.task.primary}", "samples_per_s")
+                          ("train_loss", "validation_loss", f"validation_{self.ctx.task.primary}")
                           if key in entry)  # fmt: skip
-        self.ctx.log.info("%s: epoch %d of %d, %s", self.ctx.name, state.epoch, config.epochs, shown)
+        speed = throughput(entry["samples_per_s"])
+        self.ctx.log.info("%s: epoch %d of %d, %s, %s", self.ctx.name, state.epoch, config.epochs, shown, speed)
 
     def validate(self) -> dict[str, float]:
         """Collective. Loss and primary figure on the validation split, with the averaged weights where there are."""

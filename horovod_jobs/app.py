@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import os
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Callable
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -27,11 +25,12 @@ from horovod_jobs.comm.connect import GLOO_REMEDY, connect, launched_by, rank_hi
 from horovod_jobs.comm.member import current, take_ticket
 from horovod_jobs.comm.roles import Roles, check_enough
 from horovod_jobs.comm.world import World
-from horovod_jobs.config import STAGES, FitConfig, JobConfig, LaunchConfig, RunConfig, TrainStage
+from horovod_jobs.composing import composing_error
+from horovod_jobs.config import TrainStage
 from horovod_jobs.errors import ConfigError, JobError
 from horovod_jobs.instantiate import instantiate, is_node
 from horovod_jobs.interrupt import StopRequest
-from horovod_jobs.job import Job, one_line, register_schema, resolve
+from horovod_jobs.job import Job, register_schema, resolve
 from horovod_jobs.launch import in_rank
 from horovod_jobs.launch.base import JobCommand
 from horovod_jobs.launch.starting import finish_sweep, start
@@ -69,7 +68,7 @@ def main() -> None:
         if code := finish_sweep():
             sys.exit(code)
     except (HydraException, OmegaConfBaseException) as error:
-        _fail(ConfigError(_hydra_message(error)))
+        _fail(ConfigError(composing_error(error)))
     except JobError as error:
         _fail(error)
     except KeyboardInterrupt:
@@ -81,7 +80,7 @@ def main() -> None:
         pass  # Who read the output (head, say) has had enough; _flush sends the rest nowhere.
     except BaseException as error:
         if isinstance(error, ValueError | YAMLError) and not _composed:
-            _fail(ConfigError(_hydra_message(error)))
+            _fail(ConfigError(composing_error(error)))
         traceback.print_exc()
         _fail(None, code=1, alone=True)
     _leave()
@@ -281,28 +280,6 @@ def _show_plan(job: Job, world: World) -> None:
 def _command() -> list[str]:
     """The command to reproduce this run: what the person typed, which a launching parent passes on."""
     return in_rank.original_command() or ["horovod-jobs", *sys.argv[1:]]
-
-
-def _hydra_message(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if isinstance(error, OmegaConfBaseException) and not isinstance(error, HydraException):
-        return one_line(error)
-    lines = [line for line in lines if not line.startswith(("Config search path", "provider="))]
-    text = " ".join(lines)
-    cause = error.__cause__ or error.__context__
-    if isinstance(cause, OmegaConfBaseException):
-        key = str(getattr(cause, "full_key", "") or "")
-        text += f" ({one_line(cause)}{_suggestion(key) if 'not in struct' in str(cause) else ''})"
-    return text if ";" in text else f"{text}; horovod-jobs --help lists what can be set"
-
-
-def _suggestion(key: str) -> str:
-    """A key that the last part of a mistyped one may stand for."""
-    path, _, last = key.rpartition(".")
-    schemas = (JobConfig, FitConfig, LaunchConfig, RunConfig, *STAGES.values())
-    known = {entry.name for schema in schemas for entry in fields(schema)}
-    close = difflib.get_close_matches(last, known - {last}, n=1)
-    return f"; did you mean {path}.{close[0]}?".replace(" .", " ") if close else ""
 
 
 def _fail(error: JobError | None, *, code: int = 1, alone: bool = False) -> NoReturn:

@@ -28,6 +28,7 @@ from horovod_jobs.config import (
 from horovod_jobs.errors import ConfigError
 from horovod_jobs.instantiate import bind, instantiate
 from horovod_jobs.launch.starting import KINDS, counted_ranks
+from horovod_jobs.limits import check_finite, check_numbers
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 
@@ -64,6 +65,7 @@ def resolve(cfg: DictConfig) -> Job:
     except OmegaConfBaseException as error:
         raise ConfigError(one_line(error)) from error
     resolved = typing.cast(dict[str, Any], plain)
+    check_finite(resolved)
     stages = {
         name: _dataclass(STAGES[node["kind"]], node, where=f"stages.{name}.")
         for name, node in resolved["stages"].items()
@@ -136,6 +138,10 @@ def _check(job: Job) -> None:
             raise ConfigError(f"{key}={value} is not known; use none or {' or '.join(KINDS)}")
     if config.launch.np < 1 and config.launch.kind not in ("hosts", "slurm"):
         raise ConfigError(f"launch.np={config.launch.np} is not a number of ranks; use 1 or more")
+    if config.launch.restarts < 0:
+        raise ConfigError(f"launch.restarts={config.launch.restarts} is not a number of starts; use 0 or more")
+    if config.run.parallel_stages < 1:
+        raise ConfigError(f"run.parallel_stages={config.run.parallel_stages} is not a number of stages; use 1 or more")
     if config.launch.controller not in ("auto", "mpi", "gloo"):
         raise ConfigError(f"launch.controller={config.launch.controller} is not known; use auto, mpi or gloo")
     if config.run.progress not in ("auto", "bars", "lines", "json", "none"):
@@ -145,28 +151,19 @@ def _check(job: Job) -> None:
     for name, stage in job.stages.items():
         if isinstance(stage, TrainStage) and stage.enabled:
             _check_fit(f"stages.{name}.fit", stage.fit)
+        if stage.enabled:
+            check_numbers(stage, where=f"stages.{name}")
+    # Stages first: a job's key that is wrong is told as that of the stage which takes it.
+    check_numbers(config)
     bind(config.data, where="data", allow=config.allow_targets)
-    if config.launch.restarts < 0:
-        raise ConfigError(f"launch.restarts={config.launch.restarts} is not a number of starts; use 0 or more")
     if config.chaos is not None:
         instantiate(config.chaos, allow=config.allow_targets, where="chaos")
 
 
 def _check_fit(where: str, fit: FitConfig) -> None:
-    for key in ("epochs", "global_batch", "accumulate", "checkpoint_keep", "log_every_steps"):
-        if getattr(fit, key) < 1:
-            raise ConfigError(f"{where}.{key}={getattr(fit, key)} is too small; use 1 or more")
-    for key in ("max_steps", "batch_per_rank", "lr_reference_batch", "early_stop_epochs", "checkpoint_every_steps"):
-        value = getattr(fit, key)
-        if value is not None and value < 1:
-            raise ConfigError(f"{where}.{key}={value} is too small; use 1 or more, or null")
     if fit.precision not in PRECISIONS:
         raise ConfigError(f"{where}.precision={fit.precision} is not known; use one of {', '.join(PRECISIONS)}")
     if fit.publish not in ("last", "best"):
         raise ConfigError(f"{where}.publish={fit.publish} is not known; use last or best")
     if fit.device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"{where}.device={fit.device} is not known; use auto, cpu or cuda")
-    if fit.ema_decay is not None and not 0 < fit.ema_decay < 1:
-        raise ConfigError(f"{where}.ema_decay={fit.ema_decay} is not between 0 and 1; use 0.999, or null for none")
-    if fit.clip_norm is not None and fit.clip_norm <= 0:
-        raise ConfigError(f"{where}.clip_norm={fit.clip_norm} is not positive; use 1.0, or null for none")

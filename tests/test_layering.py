@@ -22,7 +22,7 @@ MODULES = {
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "storage", "versions", "formats"),
     ("config", "artifacts", "instantiate", "bundle", "manifest", "console"),
-    ("graph", "schedule"),
+    ("graph", "limits", "schedule"),
     ("comm",),
     (
         "footprint",
@@ -42,7 +42,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("stages.base", "spending", "export"),
     ("training", "distillation", "quantization", "report"),
     ("stages",),
-    ("job",),
+    ("job", "composing"),
     ("planning", "record", "turns"),
     ("lifecycle",),
     ("parallel",),

@@ -136,6 +136,17 @@ class ArtifactStore:
             )
         return artifact
 
+    def make(self) -> None:
+        """Make the store's directory and write a byte on its disk: what cannot be kept is better not begun. For rank 0.
+
+        Raises:
+            StorageError: it cannot be made, or nothing can be written there.
+        """
+        with storage_errors("make the store", self.root, keys="run.store=..."):
+            self.root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.root) as stream:
+                stream.write(b"\0")
+
     def staging(self, kind: str, fingerprint: str) -> Path:
         """A fresh directory on the store's file system, to be filled and published."""
         with storage_errors("write into the artifact store", self.root):

@@ -65,7 +65,7 @@ def _make_run_dir(job: Job, stack: ExitStack) -> str:
     if not run_id or "/" in run_id or run_id.startswith(".") or run_id == "latest":
         raise ConfigError(f"run.id={run_id} is not a directory name; use letters, digits and dashes")
     run_dir = root / run_id
-    with storage_errors("make the run directory", run_dir):
+    with storage_errors("make the run directory", run_dir, keys="run.root=..."):
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     busy = f"run {run_id} is another job's at this moment ({{holder}}); wait for it to end, or leave run.id out"
     stack.enter_context(locked(run_dir / ".lock", busy=busy))
@@ -102,6 +102,7 @@ class Run:
             JobError: a stage failed, or a stop was agreed; the manifest says so.
         """
         prepared = prepare(self.job, self.world)  # Before there is a directory: a job that cannot run leaves none.
+        self.world.main(self.store.make, name="run.store")
         with ExitStack() as stack:
             run_dir = Path(self.world.main(lambda: _make_run_dir(self.job, stack), name="run.dir"))
             with self.world.agreed("run.visible"):

@@ -17,13 +17,14 @@ from typing import Any
 from horovod_jobs.errors import StorageError
 
 _REMEDY = {
-    errno.ENOSPC: "free some space or choose another directory (run.root=..., run.store=...)",
-    errno.EDQUOT: "your quota is spent; free some space or choose another directory (run.root=..., run.store=...)",
-    errno.EACCES: "choose a directory that you may write (run.root=..., run.store=...)",
-    errno.EPERM: "choose a directory that you may write (run.root=..., run.store=...)",
-    errno.EROFS: "the file system is read-only; choose another directory (run.root=..., run.store=...)",
-    errno.ENOTDIR: "a file stands where a directory is wanted; choose another directory (run.root=..., run.store=...)",
-    errno.EEXIST: "a file stands where a directory is wanted; choose another directory (run.root=..., run.store=...)",
+    errno.ENOSPC: "free some space or choose another directory ({keys})",
+    errno.EDQUOT: "your quota is spent; free some space or choose another directory ({keys})",
+    errno.EACCES: "choose a directory that you may write ({keys})",
+    errno.EPERM: "choose a directory that you may write ({keys})",
+    errno.EROFS: "the file system is read-only; choose another directory ({keys})",
+    errno.ENOTDIR: "a file stands where a directory is wanted; choose another directory ({keys})",
+    errno.ENOENT: "choose another directory ({keys})",
+    errno.EEXIST: "a file stands where a directory is wanted; choose another directory ({keys})",
 }
 
 
@@ -37,8 +38,8 @@ def pretend_full() -> None:
 
 
 @contextmanager
-def storage_errors(what: str, path: Path) -> Iterator[None]:
-    """Turn an ``OSError`` of the body into one line that names the path and the remedy.
+def storage_errors(what: str, path: Path, *, keys: str = "run.root=..., run.store=...") -> Iterator[None]:
+    """Turn an ``OSError`` of the body into one line that names the path and the remedy; ``keys`` are those that choose it.
 
     Raises:
         StorageError: the body failed for want of space, permission or a usable path.
@@ -48,7 +49,7 @@ def storage_errors(what: str, path: Path) -> Iterator[None]:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         yield
     except OSError as error:
-        remedy = _REMEDY.get(error.errno or 0, "check the path and try again")
+        remedy = _REMEDY.get(error.errno or 0, "check the path and try again").format(keys=keys)
         place = error.filename if error.filename else path
         raise StorageError(f"cannot {what} {place} ({error.strerror or error}); {remedy}") from error
 

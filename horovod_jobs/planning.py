@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from horovod_jobs.artifacts import Artifact, ArtifactStore, open_artifact
+from horovod_jobs.bundle import read_config
 from horovod_jobs.comm.world import World
 from horovod_jobs.config import (
     DistillStage,
     EvaluateStage,
-    ExportStage,
     QuantizeStage,
     TrainStage,
     effective_global_batch,
@@ -20,7 +20,7 @@ from horovod_jobs.config import (
 from horovod_jobs.errors import ArtifactError, ConfigError, DataError
 from horovod_jobs.footprint import Meter, NullMeter
 from horovod_jobs.graph import Node, build, check_external, fingerprint, is_external
-from horovod_jobs.instantiate import accepted, bind, code_digests, instantiate, is_node, locate
+from horovod_jobs.instantiate import accepted, code_digests, instantiate, is_node, locate
 from horovod_jobs.job import Job
 from horovod_jobs.stages.base import StageContext, StageResult
 from horovod_jobs.tracking import NullTracker, Tracker
@@ -89,13 +89,12 @@ def prepare(job: Job, world: World) -> Prepared:
     config = job.config
     allow = config.allow_targets
     with world.agreed("prepare"):
-        if config.run.parallel_stages < 1:
-            raise ConfigError(
-                f"run.parallel_stages={config.run.parallel_stages} is not a number of stages; use 1 or more"
-            )
         nodes = build(job.stages)
         tracker = instantiate(config.tracker, allow=allow, where="tracker") if config.tracker else NullTracker()
         meter = instantiate(config.footprint, allow=allow, where="footprint") if config.footprint else NullMeter()
+        check = getattr(meter, "check", None)
+        if check is not None and world.local_rank == 0:  # The rank that will meter its host.
+            check()
         data = as_data_module(instantiate(config.data, allow=allow, where="data"), name=str(config.data["_target_"]))
         if len(data.train) < world.size:
             raise DataError(
@@ -115,42 +114,59 @@ def prepare(job: Job, world: World) -> Prepared:
 
 
 def _check_stage(node: Node, prepared: Prepared, world: World) -> None:
-    stage, allow, where = node.config, prepared.job.config.allow_targets, f"stages.{node.name}"
+    stage, where = node.config, f"stages.{node.name}"
     for role, source in node.needs.items():
         if is_external(source):
-            check_external(node, role, prepared.externals[source].kind)
+            _check_external(node, role, prepared)
     if isinstance(stage, TrainStage):
-        _check_train(stage, prepared, world, where)
+        _check_train(node, stage, prepared, world)
     if isinstance(stage, QuantizeStage):
-        bind(stage.quantizer, where=f"{where}.quantizer", allow=allow)
-        for key, number in (("max_drop", stage.max_drop), ("check_samples", stage.check_samples)):
-            if number is not None and number < 0:
-                raise ConfigError(f"{where}.{key}={number} is negative; use a number from 0 on, or null")
-        if not 0 < stage.calibration_samples <= len(prepared.data.train):
-            raise ConfigError(
-                f"{where}.calibration_samples={stage.calibration_samples} does not fit the training split of {len(prepared.data.train)} "
-                f"samples; use 1 to {len(prepared.data.train)}"
-            )
-    if isinstance(stage, ExportStage) and stage.tolerance < 0:
-        raise ConfigError(
-            f"{where}.tolerance={stage.tolerance} is negative; use the largest difference you accept, 1e-4 say"
-        )
+        _check_quantize(stage, prepared, where)
     if isinstance(stage, EvaluateStage):
         if stage.split not in ("test", "validation", "train"):
             raise ConfigError(f"{where}.split={stage.split} is not a split; use test, validation or train")
-        for key, value in (("batch", stage.batch), *(("latency_batches", batch) for batch in stage.latency_batches)):
-            if value < 1:
-                raise ConfigError(f"{where}.{key} has {value}, which is not a batch; use 1 or more")
         if getattr(prepared.data, stage.split) is None:
             raise DataError(f"{where}.split={stage.split}: the data set has no such split; use test or train")
     prepared.task_of(node)
 
 
-def _check_train(stage: TrainStage, prepared: Prepared, world: World, where: str) -> None:
+def _check_external(node: Node, role: str, prepared: Prepared) -> None:
+    """Check an artifact that a need names by its path: its kind and, where the stage feeds it the data set, its classes."""
+    from horovod_jobs.stages.evaluate import check_classes
+    from horovod_jobs.stages.train import artifact_name
+
+    artifact = prepared.externals[node.needs[role]]
+    check_external(node, role, artifact.kind)
+    # Weights to start from (init) may come from other classes; a report only tells of what it is given.
+    if role in ("teacher", "model") and role in node.config.INPUTS:
+        where = f"stages.{node.name}.needs.{role}={node.needs[role]}"
+        called = f"{'teacher ' if role == 'teacher' else ''}{artifact_name(artifact)}"
+        check_classes(prepared.data, read_config(artifact), where=where, model=called)
+
+
+def _check_quantize(stage: QuantizeStage, prepared: Prepared, where: str) -> None:
+    data, allow = prepared.data, prepared.job.config.allow_targets
+    instantiate(stage.quantizer, allow=allow, where=f"{where}.quantizer")
+    if stage.calibration_samples > len(data.train):
+        raise ConfigError(
+            f"{where}.calibration_samples={stage.calibration_samples} does not fit the training split of {len(data.train)} "
+            f"samples; use 1 to {len(data.train)}"
+        )
+    name, split = ("test", data.test) if data.validation is None else ("validation", data.validation)
+    if stage.check_samples is not None and stage.check_samples > len(split):
+        raise ConfigError(
+            f"{where}.check_samples={stage.check_samples} does not fit the {name} split of {len(split)} samples; "
+            f"use 1 to {len(split)}, or null for all"
+        )
+
+
+def _check_train(node: Node, stage: TrainStage, prepared: Prepared, world: World) -> None:
+    """Build every part once, so that a student which cannot be trained is found before its teacher is."""
     from horovod_jobs.data.sharding import check_divides
+    from horovod_jobs.stages.train import make_model, outputs_of, start_from
     from horovod_jobs.training.precision import choose_device
 
-    allow, data, fit = prepared.job.config.allow_targets, prepared.data, stage.fit
+    allow, data, fit, where = prepared.job.config.allow_targets, prepared.data, stage.fit, f"stages.{node.name}"
     choose_device(fit.device, local_rank=world.local_rank)
     global_batch = effective_global_batch(fit, world_size=world.size)
     check_divides(global_batch, size=world.size, accumulate=fit.accumulate)
@@ -163,15 +179,15 @@ def _check_train(stage: TrainStage, prepared: Prepared, world: World, where: str
         if not is_node(getattr(stage, part)):
             group = "model@student" if part == "model" and isinstance(stage, DistillStage) else part
             raise ConfigError(f"{where}.{part}={getattr(stage, part)} names nothing to build; choose one ({group}=...)")
-    model_arguments = accepted(stage.model, data.model_arguments, allow=allow)
-    bind(stage.model, where=f"{where}.model", allow=allow, injected=model_arguments)
-    bind(stage.optimizer, where=f"{where}.optimizer", allow=allow, injected=("params",))
-    bind(stage.schedule, where=f"{where}.schedule", allow=allow)
-    bind(stage.strategy, where=f"{where}.strategy", allow=allow)
-    if stage.loss is not None:
-        bind(stage.loss, where=f"{where}.loss", allow=allow)
+    for part in ("schedule", "strategy", *(("loss",) if stage.loss is not None else ())):
+        instantiate(getattr(stage, part), allow=allow, where=f"{where}.{part}")
+    model = make_model(stage.model, data, where=where, allow=allow)
+    outputs_of(model, data, where=where)
+    if (start := prepared.externals.get(node.needs.get("init", ""))) is not None:
+        start_from(model, start, where=where, allow=allow)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    instantiate(stage.optimizer, allow=allow, where=f"{where}.optimizer", params=trainable)
     if isinstance(stage, DistillStage):
-        bind(stage.distiller, where=f"{where}.distiller", allow=allow)
         distiller = instantiate(stage.distiller, allow=allow, where=f"{where}.distiller")
         if distiller.cache and stage.augment and data.augment is not None:
             raise ConfigError(

@@ -44,8 +44,8 @@ class CodeCarbonMeter:
         sample_s: seconds between samples of the load within a stage, at least 10.
 
     Raises:
-        ConfigError: a value that cannot be used; the country or region is not in CodeCarbon's tables (at ``start``).
-        SetupError: CodeCarbon is not installed or finds no hardware (at ``start``).
+        ConfigError: a value that cannot be used; the country or region is not in CodeCarbon's tables (at ``check`` or ``start``).
+        SetupError: CodeCarbon is not installed (at ``check``) or finds no hardware (at ``start``).
     """
 
     def __init__(
@@ -82,11 +82,20 @@ class CodeCarbonMeter:
         self._tracker: Any = None
         self._started: tuple[float, float, float] | None = None
 
+    def check(self) -> None:
+        """Look the country and the region up, before there is anything to meter.
+
+        Raises:
+            ConfigError: CodeCarbon's tables do not have them.
+            SetupError: CodeCarbon is not installed.
+        """
+        self._tariff = _with_intensity(self._tariff)
+
     def start(self) -> None:
         """Begin. The first call opens the hardware (1 to 2 s); the later ones take under a millisecond."""
         require_stopped(self._started)
         if self._tracker is None:
-            self._tariff = _with_intensity(self._tariff)
+            self.check()
             self._tracker = self._open()
         self._tracker.start_task()
         self._started = (self._clock(), process_cpu_s(), _machine_busy_s())

@@ -14,7 +14,7 @@ from horovod_jobs.stages.base import StageContext, StageResult
 from horovod_jobs.storage import write_json
 
 if TYPE_CHECKING:
-    from horovod_jobs.data.base import Split
+    from horovod_jobs.data.base import DataModule, Split
 
 
 def run(ctx: StageContext, cfg: EvaluateStage) -> StageResult:
@@ -25,7 +25,7 @@ def run(ctx: StageContext, cfg: EvaluateStage) -> StageResult:
             raise ConfigError(f"stages.{ctx.name}.batch={cfg.batch} is not a positive number; use at least 1")
         split = choose_split(ctx, cfg.split)
         predictor = load_artifact(artifact, allow_targets=ctx.allow_targets)
-        check_classes(ctx, predictor)
+        check_classes(ctx.data, predictor, where=f"stages.{ctx.name}")
     sums = evaluate(predictor, split, ctx.task, world=ctx.world, batch=cfg.batch, name=f"{ctx.name}.{cfg.split}")
     figures = ctx.task.summary(sums)
 
@@ -91,23 +91,27 @@ def choose_split(ctx: StageContext, name: str) -> Split:
     return split
 
 
-def check_classes(ctx: StageContext, predictor: Predictor | ModelConfig) -> None:
-    """A model and a data set that belong together.
+def check_classes(data: DataModule, given: Predictor | ModelConfig, *, where: str, model: str = "the model") -> None:
+    """A model and a data set that belong together. ``where`` begins the message, ``model`` is what to call the model.
 
     Raises:
-        ConfigError: another number of classes, or inputs of another shape or with other ids.
+        ConfigError: other classes, or inputs of another shape or with other ids.
     """
-    given = (predictor.num_classes, tuple(predictor.input_shape))
-    wanted = (ctx.data.num_classes, tuple(ctx.data.input_shape))
-    ids, known = ([(name, size) for name, size, _ in fields] for fields in (predictor.fields, ctx.data.fields))
-    if given == wanted and ids != known:
+    remedy = "choose the data set that it was trained on, or another one in its place"
+    counts, wanted = (given.num_classes, tuple(given.input_shape)), (data.num_classes, tuple(data.input_shape))
+    if counts != wanted:
         raise ConfigError(
-            f"stages.{ctx.name}: the model was trained on the fields and numbers of ids {dict(ids)}, the data set has "
-            f"{dict(known)}; choose the data set, and its split, that the model was trained on"
+            f"{where}: {model} has {counts[0]} classes and inputs {list(counts[1])}, the data set {wanted[0]} classes "
+            f"and inputs {list(wanted[1])}; {remedy}"
         )
-    if given != wanted:
+    ids, known = ({name: size for name, size, _ in fields} for fields in (given.fields, data.fields))
+    if list(ids.items()) != list(known.items()):
         raise ConfigError(
-            f"stages.{ctx.name}: the model has {given[0]} classes and inputs {list(given[1])}, the data set "
-            f"{wanted[0]} classes "
-            f"and inputs {list(wanted[1])}; choose the data set that the model was trained on"
+            f"{where}: {model} was trained on the fields and numbers of ids {ids}, the data set has {known}; "
+            "choose the data set, and its split, that it was trained on"
+        )
+    differ = [pair for pair in zip(given.class_names, data.class_names, strict=False) if pair[0] != pair[1]]
+    if differ:
+        raise ConfigError(
+            f"{where}: {model} tells other classes apart ({differ[0][0]!r} where the data set has {differ[0][1]!r}); {remedy}"
         )

@@ -34,7 +34,7 @@ def run(ctx: StageContext, cfg: ExportStage) -> StageResult:
                 f"stages.{ctx.name}.tolerance={cfg.tolerance} is not positive; use a small number such as 1e-4"
             )
         source = read_config(artifact)
-        check_classes(ctx, source)
+        check_classes(ctx.data, source, where=f"stages.{ctx.name}")
     found: dict[str, Any] = ctx.world.main(lambda: _write(ctx, cfg, source), name="export.write")
     return StageResult(
         metrics=found.pop("metrics"),

@@ -42,7 +42,7 @@ def run(ctx: StageContext, cfg: QuantizeStage) -> StageResult:
     with world.agreed("quantize.load"):
         recipe: Recipe = instantiate(cfg.quantizer, allow=ctx.allow_targets, where=f"stages.{ctx.name}.quantizer")
         source = read_config(artifact)
-        check_classes(ctx, source)
+        check_classes(ctx.data, source, where=f"stages.{ctx.name}")
         model = load_module(artifact, allow_targets=ctx.allow_targets)
         indices = calibration_indices(ctx.data.train, samples=cfg.calibration_samples, seed=ctx.seed)
         batches = calibration_batches(indices, batch=cfg.calibration_batch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 
 from horovod_jobs.artifacts import Artifact
 from horovod_jobs.config import TrainStage, effective_global_batch
-from horovod_jobs.data.base import Batch
+from horovod_jobs.data.base import Batch, DataModule
 from horovod_jobs.errors import ArtifactError, ConfigError
 from horovod_jobs.instantiate import accepted, instantiate
 from horovod_jobs.predict import load_module, save_model
@@ -38,26 +38,55 @@ def run(ctx: StageContext, cfg: TrainStage) -> StageResult:
 def build_model(ctx: StageContext, cfg: TrainStage) -> nn.Module:
     """The stage's model with seeded weights, or those of ``needs.init``."""
     seed_step(ctx.seed, -1, 0)  # The same weights on every rank.
-    arguments = accepted(cfg.model, ctx.data.model_arguments, allow=ctx.allow_targets)
-    model = instantiate(cfg.model, allow=ctx.allow_targets, where=f"stages.{ctx.name}.model", **arguments)
-    if not isinstance(model, nn.Module):
-        raise ConfigError(
-            f"stages.{ctx.name}.model: {cfg.model['_target_']} gives a {type(model).__name__}; name a torch.nn.Module"
-        )
+    model = make_model(cfg.model, ctx.data, where=f"stages.{ctx.name}", allow=ctx.allow_targets)
     if "init" in ctx.inputs:
-        start = load_module(ctx.inputs["init"], allow_targets=ctx.allow_targets)
-        try:
-            model.load_state_dict(start.state_dict())
-        except RuntimeError as error:
-            raise ArtifactError(
-                f"stages.{ctx.name}.needs.init={ctx.inputs['init'].ref} holds weights of another model "
-                f"({str(error).splitlines()[-1].strip()}); give an artifact of the same model"
-            ) from error
+        start_from(model, ctx.inputs["init"], where=f"stages.{ctx.name}", allow=ctx.allow_targets)
     return model
 
 
+def make_model(node: Mapping[str, Any], data: DataModule, *, where: str, allow: Sequence[str]) -> nn.Module:
+    """The model that a node names, for this data set.
+
+    Raises:
+        ConfigError: it cannot be built, or is no torch module.
+    """
+    arguments = accepted(node, data.model_arguments, allow=allow)
+    model = instantiate(node, allow=allow, where=f"{where}.model", **arguments)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"{where}.model: {node['_target_']} gives a {type(model).__name__}; name a torch.nn.Module")
+    return model
+
+
+def start_from(model: nn.Module, artifact: Artifact, *, where: str, allow: Sequence[str]) -> None:
+    """Take the weights of an artifact.
+
+    Raises:
+        ArtifactError: they are another model's.
+    """
+    start = load_module(artifact, allow_targets=allow)
+    try:
+        model.load_state_dict(start.state_dict())
+    except RuntimeError as error:
+        raise ArtifactError(
+            f"{where}.needs.init={artifact.ref} holds weights of another model "
+            f"({str(error).splitlines()[-1].strip()}); give an artifact of the same model"
+        ) from error
+
+
 def check_outputs(
-    ctx: StageContext, model: nn.Module, *, loss: Callable[[Batch], Any] | None = None
+    ctx: StageContext, model: nn.Module, *, loss: Callable[[Batch], Any] | None = None, called: str = "the model"
+) -> tuple[int, ...]:
+    """Shape of the model's outputs for one sample: see ``outputs_of``."""
+    return outputs_of(model, ctx.data, where=f"stages.{ctx.name}", loss=loss, called=called)
+
+
+def outputs_of(
+    model: nn.Module,
+    data: DataModule,
+    *,
+    where: str,
+    loss: Callable[[Batch], Any] | None = None,
+    called: str = "the model",
 ) -> tuple[int, ...]:
     """Shape of the model's outputs for one sample; a model or loss that does not fit the data is found before it trains.
 
@@ -68,21 +97,21 @@ def check_outputs(
     was_training = model.training
     model.eval()
     try:
-        batch = ctx.data.train.fetch(torch.zeros(1, dtype=torch.int64)).to(device)
+        batch = data.train.fetch(torch.zeros(1, dtype=torch.int64)).to(device)
         with torch.no_grad():
             outputs = model(batch.inputs)
             if loss is not None:
                 loss(batch)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         raise ConfigError(
-            f"stages.{ctx.name}: the model does not fit inputs of shape {list(ctx.data.input_shape)} "
+            f"{where}: {called} does not fit inputs of shape {list(data.input_shape)} "
             f"({str(error).strip().splitlines()[0]}); choose another model or data set"
         ) from error
     finally:
         model.train(was_training)
     if not isinstance(outputs, torch.Tensor) or outputs.shape[0] != 1:
         raise ConfigError(
-            f"stages.{ctx.name}: the model gives {type(outputs).__name__} for one sample; it must give a tensor [B, C]"
+            f"{where}: {called} gives {type(outputs).__name__} for one sample; it must give a tensor [B, C]"
         )
     return tuple(outputs.shape[1:])
 

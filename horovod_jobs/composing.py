@@ -35,6 +35,11 @@ def unknown_key(typed: str, parent: DictConfig, *, reached: str) -> str:
     depth = reached.count(".") if reached else typed.count(".")
     parts = typed.split(".")
     section = ".".join(parts[:depth])
+    if (shared := _shared_by(parent)) is not None and depth == len(parts) - 1:
+        return (
+            f"{typed} is not a key: {section} is the job's {shared}; set {shared}.{parts[-1]} for all stages, or give this stage "
+            f"a whole part: {section}={{_target_: ...}}"
+        )
     where, known = section or "the job", ", ".join(str(key) for key in parent if key not in ("hydra", "_target_"))
     meant = _nearest(parent, parts[depth:])
     said = f" (did you mean {'.'.join([*parts[:depth], *meant])}?)" if meant else ""
@@ -42,6 +47,13 @@ def unknown_key(typed: str, parent: DictConfig, *, reached: str) -> str:
     # A part (model, optimizer, ...) and a mapping take keys that the config does not show; a section of the schema never does.
     takes_more = not _is_schema(parent) and depth == len(parts) - 1
     return f"{text}; to add it all the same, write +{typed}=..." if takes_more else text
+
+
+def _shared_by(node: DictConfig) -> str | None:
+    """The job's part that a stage takes where it says nothing: ``optimizer`` for ``stages.teacher.optimizer``."""
+    above = node._get_parent()
+    default = getattr(OmegaConf.get_type(above), str(node._key()), None) if isinstance(above, DictConfig) else None
+    return default[2:-1] if isinstance(default, str) and default.startswith("${") and not len(node) else None
 
 
 def _is_schema(node: DictConfig) -> bool:

@@ -144,9 +144,8 @@ def _check_external(node: Node, role: str, prepared: Prepared) -> None:
     # Weights to start from (init) may come from other classes; a report only tells of what it is given.
     if role in ("teacher", "model") and role in node.config.INPUTS:
         where = f"stages.{node.name}.needs.{role}={node.needs[role]}"
-        check_classes(
-            prepared.data, read_config(artifact), where=where, model=f"{role} {artifact_name(artifact)}".strip()
-        )
+        called = f"{'teacher ' if role == 'teacher' else ''}{artifact_name(artifact)}"
+        check_classes(prepared.data, read_config(artifact), where=where, model=called)
 
 
 def _check_quantize(stage: QuantizeStage, prepared: Prepared, where: str) -> None:

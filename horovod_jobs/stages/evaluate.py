@@ -107,7 +107,7 @@ def check_classes(data: DataModule, given: Predictor | ModelConfig, *, where: st
     Raises:
         ConfigError: other classes, or inputs of another shape or with other ids.
     """
-    remedy = f"choose the data set that {model} was trained on, or another model"
+    remedy = "choose the data set that it was trained on, or another one in its place"
     counts, wanted = (given.num_classes, tuple(given.input_shape)), (data.num_classes, tuple(data.input_shape))
     if counts != wanted:
         raise ConfigError(
@@ -118,7 +118,7 @@ def check_classes(data: DataModule, given: Predictor | ModelConfig, *, where: st
     if list(ids.items()) != list(known.items()):
         raise ConfigError(
             f"{where}: {model} was trained on the fields and numbers of ids {ids}, the data set has {known}; "
-            f"choose the data set, and its split, that {model} was trained on"
+            "choose the data set, and its split, that it was trained on"
         )
     differ = [pair for pair in zip(given.class_names, data.class_names, strict=False) if pair[0] != pair[1]]
     if differ:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from horovod_jobs.comm.world import World
 from horovod_jobs.data.base import Batch, DataModule, TensorSplit
+from horovod_jobs.quantization.base import Calibration
+from horovod_jobs.quantization.quantizer import StaticInt8
 
 
 def pictures(
@@ -19,6 +24,7 @@ def pictures(
     classes: int = 4,
     side: int = 6,
     augment: Any = None,
+    names: Sequence[str] = (),
     not_finite: int | None = None,
     labels_up_to: int | None = None,
     record_environment_in: str | None = None,
@@ -43,7 +49,7 @@ def pictures(
         validation=validation,
         test=test,
         num_classes=classes,
-        class_names=tuple(f"class {number}" for number in range(classes)),
+        class_names=tuple(names) or tuple(f"class {number}" for number in range(classes)),
         input_shape=(1, side, side),
         digest=f"{samples:08x}{classes:08x}{side:08x}".rjust(64, "0"),
         augment=augment,
@@ -78,6 +84,21 @@ class NoTest:
 
     def __init__(self) -> None:
         self.train = [(torch.zeros(1, 6, 6), 0), (torch.ones(1, 6, 6), 1)]
+
+
+class TurnsRound:
+    """A recipe whose integer model gives the least likely class: it quantizes a copy whose last layer is negated."""
+
+    name = "turns_round"
+
+    def quantize(
+        self, model: nn.Module, *, input_shape: Sequence[int], calibration: Calibration, world: World, path: Path
+    ) -> dict[str, Any]:
+        wrong = copy.deepcopy(model)
+        with torch.no_grad():
+            for parameter in wrong.get_submodule("head").parameters():
+                parameter.neg_()
+        return StaticInt8().quantize(wrong, input_shape=input_shape, calibration=calibration, world=world, path=path)
 
 
 def not_a_model(*, num_classes: int) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ TINY = (f"--config-dir={CONF}", "experiment=tiny")
 JOB = (sys.executable, "-m", "horovod_jobs")
 MARK = "HOROVOD_JOBS_TEST_MARK"  # HOROVOD_ is a prefix that the launcher passes on.
 MPIRUN = (str(BIN / "mpirun"), "--bind-to", "none", "--map-by", "slot:OVERSUBSCRIBE")
+PAIR_OF = ("graph=pair", "~stages.teacher", "stages.student.needs.teacher=%s")  # a student of the model at a path
 WORLD = ("launch=local", "launch.np=2")
 LIMIT_S = 200.0  # For a machine that does ten other things; a quiet one takes a few seconds for a job of two ranks.
 T = TypeVar("T")
@@ -306,3 +308,32 @@ def left_behind(cwd: Path) -> list[str]:
         + [str(path) for path in cwd.glob("artifacts/.staging-*")]
         + [str(path) for path in cwd.glob("artifacts/.old-*")]
     )
+
+
+def model_in(directory: Path) -> Path:
+    """The one model artifact of a store."""
+    (found,) = (directory / "artifacts").glob("model-*")
+    return found
+
+
+def damage(path: Path, how: str) -> None:
+    """Damage a file: cut it short, flip one bit in its middle, or take it away."""
+    content = bytearray(path.read_bytes())
+    if how == "gone":
+        path.unlink()
+    elif how == "flipped":
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    else:
+        path.write_bytes(content[: len(content) // 2])
+
+
+def check(done: Done, *, code: int, pattern: str) -> str:
+    """The one line of a job that failed as it should."""
+    assert done.code == code, done.text
+    assert "Traceback" not in done.err + done.out, done.text
+    assert len(done.errors) == 1, done.text
+    line = done.errors[0]
+    assert line.startswith("error: "), done.text
+    assert re.search(pattern, line), line
+    return line

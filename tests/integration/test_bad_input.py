@@ -15,14 +15,16 @@ from pathlib import Path
 
 import pytest
 
-from horovod_jobs.artifacts import ArtifactStore
 from tests.integration.support import (
+    PAIR_OF,
     TINY,
     WORLD,
-    Done,
     Forks,
+    check,
+    damage,
     events,
     left_behind,
+    model_in,
     run,
     run_directories,
     stage,
@@ -38,12 +40,21 @@ OWN_MODEL = ("model=mlp", "~model.hidden", "~model.dropout")
 # fmt: off
 TABLE: dict[str, tuple[tuple[str, ...], int, str]] = {
     # what is wrong: overrides, exit code, what the line says
-    "unknown key": (("fot.epochs=1",), 2, r"fot\.epochs.*'fot' not in 'JobConfig'"),
+    "unknown key": (("fit.epoch=1",), 2, r"fit\.epoch is not a key \(did you mean fit\.epochs\?\); fit has epochs, "),
+    "unknown section": (("fot.epochs=1",), 2, r"fot\.epochs is not a key \(did you mean fit\.epochs\?\); the job has name, seed"),
+    "unknown section and key": (("fot.epoch=1",), 2, r"fot\.epoch is not a key \(did you mean fit\.epochs\?\)"),
+    "unknown key below a section": (("launch.slrm.nodes=1",), 2, r"launch\.slrm\.nodes is not a key \(did you mean launch\.slurm\.nodes\?\); launch has kind"),
+    "unknown key of a part": (("footprint=codecarbon", "footprint.usd_per_kw=1"), 2, r"footprint\.usd_per_kw is not a key \(did you mean footprint\.usd_per_kwh\?\)"),
+    "unknown key of a stage without a plus": (("stages.model.sed=1",), 2, r"stages\.model\.sed is not a key \(did you mean stages\.model\.seed\?\)"),
+    "unknown stage": (("stages.modle.seed=1",), 2, r"stages\.modle\.seed is not a key \(did you mean stages\.model\.seed\?\); stages has model"),
+    "key like no other": (("fit.zzzz=1",), 2, r"fit\.zzzz is not a key; fit has epochs, "),
+    "key of a part that stages share": (("stages.model.optimizer.lr=1",), 2, r"stages\.model\.optimizer is the job's optimizer; set optimizer\.lr for all stages"),
+    "need without a plus": (("stages.model.needs.init=./a",), 2, r"needs\.init is not a key; .*write \+stages\.model\.needs\.init="),
     "unknown key with a plus": (("+epochs=1",), 2, r"epochs=1 is not a key; the job has name, seed"),
     "unknown key of a section": (("+fit.epoch=3",), 2, r"fit\.epoch=3 is not a key \(did you mean epochs\?\); fit has epochs"),
     "unknown key of a stage": (("+stages.model.epochs=3",), 2, r"stages\.model\.epochs is not a key of a train stage.*it has .*fit"),
     "unknown key of a stage's fit": (("+stages.model.fit.epoch=3",), 2, r"stages\.model\.fit\.epoch=3 is not a key \(did you mean epochs"),
-    "unknown group": (("modle=mlp",), 2, r"modle"),
+    "unknown group": (("modle=mlp",), 2, r"modle is not a key \(did you mean model\?\); the job has name, seed"),
     "unknown option": (("model=mpl",), 2, r"'model/mpl' Available options in 'model': .*mlp.*resnet20"),
     "unknown option of launch": (("launch=cloud",), 2, r"'launch/cloud' Available options in 'launch': docker hosts local mpijob none slurm trainjob"),
     "null for a group that is needed": (("data=null",), 2, r"group override must be a string"),
@@ -60,6 +71,25 @@ TABLE: dict[str, tuple[tuple[str, ...], int, str]] = {
     "unknown choice of weights": (("fit.publish=worst",), 2, r"fit\.publish=worst is not known; use last or best"),
     "decay out of range": (("fit.ema_decay=2",), 2, r"fit\.ema_decay=2\.0 is not between 0 and 1; use 0\.999"),
     "clipping at nothing": (("fit.clip_norm=0",), 2, r"fit\.clip_norm=0\.0 is not positive"),
+    "not a number": (("fit.clip_norm=nan",), 2, r"fit\.clip_norm=nan is not a finite number"),
+    "not a finite number": (("optimizer.lr=inf",), 2, r"optimizer\.lr=inf is not a finite number"),
+    "not a number in a list": (("+optimizer.betas=[0.9,nan]",), 2, r"optimizer\.betas\[1\]=nan is not a finite number"),
+    "no workers at all": (("fit.workers=-1",), 2, r"fit\.workers=-1 is negative; use 0 or more"),
+    "no accumulation": (("fit.accumulate=0",), 2, r"fit\.accumulate=0 is too small; use 1 or more"),
+    "no steps": (("fit.max_steps=0",), 2, r"fit\.max_steps=0 is too small; use 1 or more, or null"),
+    "validation before the start": (("fit.validate_every_epochs=-1",), 2, r"fit\.validate_every_epochs=-1 is negative; use 0 or more"),
+    "checkpoints before the start": (("fit.checkpoint_every_s=-1",), 2, r"fit\.checkpoint_every_s=-1\.0 is negative; use 0 or more, or null"),
+    "seed of too many digits": (("seed=99999999999999999999",), 2, r"seed=99999999999999999999 is too large; use a whole number of at most 18 digits"),
+    "no threads": (("launch.threads=0",), 2, r"launch\.threads=0 is too small; use 1 or more, or null"),
+    "negative grace": (("launch.grace_s=-1",), 2, r"launch\.grace_s=-1\.0 is negative; use 0 or more"),
+    "no nodes": (("launch.slurm.nodes=0",), 2, r"launch\.slurm\.nodes=0 is too small; use 1 or more, or null"),
+    "lease of nothing": (("launch.elastic.lease_s=0",), 2, r"launch\.elastic\.lease_s=0\.0 is not positive; use more than 0"),
+    "no processors": (("launch.docker.cpus=0",), 2, r"launch\.docker\.cpus=0\.0 is not positive; use more than 0, or null"),
+    "no pods": (("launch.kubernetes.slots=0",), 2, r"launch\.kubernetes\.slots=0 is too small; use 1 or more"),
+    "no silence": (("run.silent_limit_s=0",), 2, r"run\.silent_limit_s=0\.0 is not positive; use more than 0, or null"),
+    "no stages at a time": (("run.parallel_stages=0",), 2, r"run\.parallel_stages=0 is not a number of stages; use 1 or more"),
+    "predivision by nothing": (("strategy.predivide=0",), 2, r"strategy\.predivide=0 is not positive; use 1 for none"),
+    "country that is none": (("footprint=codecarbon", "footprint.country_iso_code=XYZ"), 2, r"footprint\.country_iso_code='XYZ' is not among the \d+ countries"),
     "batch not divisible": (("fit.accumulate=7",), 2, r"global_batch=24 does not divide by .* 7 accumulation steps.*use 21 or 28"),
     "batch larger than the data": (("fit.global_batch=1000", "fit.drop_last=true"), 2, r"drop_last=true leaves no batch of global_batch=1000 in 240"),
     "no ranks": (("launch.np=0",), 2, r"launch\.np=0 is not a number of ranks; use 1 or more"),
@@ -80,9 +110,17 @@ TABLE: dict[str, tuple[tuple[str, ...], int, str]] = {
     "role that does not exist": (("+stages.model.needs={teacher: model}",), 2, r"train stage has no input 'teacher'; it takes init"),
     "wrong kind of input": ((EVALUATE % "", "+stages.f={kind: evaluate, needs: {model: e}}"), 2, r"stages\.f\.needs\.model=e: an evaluate stage makes an evaluation"),
     "unknown split": ((EVALUATE % ", split: train2",), 2, r"stages\.e\.split=train2 is not a split; use test, validation or train"),
-    "empty evaluation batch": ((EVALUATE % ", batch: 0",), 2, r"stages\.e\.batch has 0, which is not a batch; use 1 or more"),
-    "empty latency batch": ((EVALUATE % ", latency_batches: [0]",), 2, r"stages\.e\.latency_batches has 0, which is not a batch"),
-    "calibration set empty": ((QUANTIZE % 0,), 2, r"calibration_samples=0 does not fit the training split of 240 samples; use 1 to 240"),
+    "empty evaluation batch": ((EVALUATE % ", batch: 0",), 2, r"stages\.e\.batch=0 is too small; use 1 or more"),
+    "empty latency batch": ((EVALUATE % ", latency_batches: [0]",), 2, r"stages\.e\.latency_batches=\[0\] is too small; use 1 or more"),
+    "no latency batch": ((EVALUATE % ", latency_batches: []",), 2, r"stages\.e\.latency_batches=\[\] is empty; use numbers such as \[1\]"),
+    "no latency runs": ((EVALUATE % ", latency_runs: 0",), 2, r"stages\.e\.latency_runs=0 is too small; use 1 or more"),
+    "no latency threads": ((EVALUATE % ", latency_threads: 0",), 2, r"stages\.e\.latency_threads=0 is too small; use 1 or more"),
+    "tolerance of nothing": (("+stages.x={kind: export, needs: {model: model}, tolerance: 0}",), 2, r"stages\.x\.tolerance=0\.0 is not positive; use the largest difference you accept, 1e-4"),
+    "empty calibration batch": ((QUANTIZE % "9, calibration_batch: 0",), 2, r"stages\.q\.calibration_batch=0 is too small; use 1 or more"),
+    "nothing to check": ((QUANTIZE % "9, check_samples: 0",), 2, r"stages\.q\.check_samples=0 is too small; use 1 or more, or null"),
+    "more to check than there is": ((QUANTIZE % "9, check_samples: 41",), 2, r"stages\.q\.check_samples=41 does not fit the validation split of 40 samples; use 1 to 40, or null"),
+    "negative drop": ((QUANTIZE % "9, max_drop: -1",), 2, r"stages\.q\.max_drop=-1\.0 is negative; use percentage points from 0 on, or null"),
+    "calibration set empty": ((QUANTIZE % 0,), 2, r"stages\.q\.calibration_samples=0 is too small; use 1 or more"),
     "calibration set too large": ((QUANTIZE % 241,), 2, r"calibration_samples=241 does not fit .*use 1 to 240"),
     # parts
     "target not allowed": (("model._target_=os.system",), 2, r"os\.system is not allowed .*allow_targets=\[os\]"),
@@ -108,22 +146,13 @@ TABLE: dict[str, tuple[tuple[str, ...], int, str]] = {
     # places
     "run directory under a file": (("run.root=/dev/null/x",), 6, r"cannot make the run directory /dev/null/x/.*choose another directory \(run\.root="),
     "store under a file": (("run.store=/dev/null/x",), 6, r"/dev/null/x.*choose another directory"),
+    "run directory that nobody can make": (("run.root=/proc/x",), 6, r"cannot make the run directory /proc/x.* \(No such file or directory\); choose another directory \(run\.root=\.\.\.\)"),
+    "store that nobody can make": (("run.store=/proc/x",), 6, r"cannot make the store /proc/x \(No such file or directory\); choose another directory \(run\.store=\.\.\.\)"),
     # training
     "loss that blows up": (("optimizer.lr=1e30",), 8, r"not finite in stage model at step \d+ \(epoch 1\) on rank 0, training samples \d+.*lower optimizer\.lr.*Nothing was published"),
     "sample that is not finite": (("+data.not_finite=3",), 8, r"inputs of 3 are not finite themselves"),
 }
 # fmt: on
-
-
-def check(done: Done, *, code: int, pattern: str) -> str:
-    """The one line of a job that failed as it should."""
-    assert done.code == code, done.text
-    assert "Traceback" not in done.err + done.out, done.text
-    assert len(done.errors) == 1, done.text
-    line = done.errors[0]
-    assert line.startswith("error: "), done.text
-    assert re.search(pattern, line), line
-    return line
 
 
 @pytest.mark.parametrize("what", TABLE)
@@ -133,6 +162,8 @@ def test_one_process_says_it_in_one_line(what: str, forks: Forks, tmp_path: Path
     check(done, code=code, pattern=pattern)
     assert weights(tmp_path) == {}
     assert left_behind(tmp_path) == []
+    if what not in ("labels outside the classes", "loss that blows up", "sample that is not finite"):
+        assert run_directories(tmp_path) == [], "it is found before anything runs"
     for directory in run_directories(tmp_path):
         told = valid_manifest(tmp_path, run=directory.name)
         assert (told["status"], told["exit_code"]) == ("failed", code)
@@ -192,87 +223,6 @@ def test_a_damaged_data_file_is_named(forks: Forks, tmp_path: Path) -> None:
     check(done, code=3, pattern=r"train-images-idx3-ubyte\.gz")
 
 
-# --- artifacts given by path ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def trained(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a store that holds one model of four classes."""
-    directory = tmp_path_factory.mktemp("trained")
-    done = forks.run(*TINY, "fit.epochs=1", cwd=directory)
-    assert done.code == 0, done.text
-    return directory
-
-
-def model_in(directory: Path) -> Path:
-    """The one model artifact of a store."""
-    (found,) = (directory / "artifacts").glob("model-*")
-    return found
-
-
-def test_a_teacher_with_other_classes(forks: Forks, trained: Path, tmp_path: Path) -> None:
-    overrides = ("graph=pair", "~stages.teacher", f"stages.student.needs.teacher={model_in(trained)}", "data.classes=3")
-    line = check(
-        forks.run(*TINY, *overrides, cwd=tmp_path),
-        code=2,
-        pattern=r"teacher model-\w+ .*shape \[4\] and the student \[3\].*choose another one",
-    )
-    assert "stages.student" in line
-    assert weights(tmp_path) == {}
-
-
-def test_start_weights_of_another_model(forks: Forks, trained: Path, tmp_path: Path) -> None:
-    done = forks.run(*TINY, "model=mlp", f"+stages.model.needs.init={model_in(trained)}", cwd=tmp_path)
-    check(done, code=4, pattern=r"needs\.init=model-\w+ holds weights of another model")
-
-
-@pytest.mark.parametrize("how", ["cut", "index", "flipped", "gone"])
-def test_a_damaged_artifact_given_by_path(how: str, forks: Forks, trained: Path, tmp_path: Path) -> None:
-    copy = tmp_path / model_in(trained).name
-    shutil.copytree(model_in(trained), copy)
-    file = copy / ("artifact.json" if how == "index" else "model.safetensors")
-    damage(file, how)
-    done = forks.run(*TINY, f"+stages.model.needs.init={copy}", cwd=tmp_path)
-    check(done, code=4, pattern=rf"damaged \({file.name}: ")
-
-
-def damage(path: Path, how: str) -> None:
-    """Damage a file: cut it short, flip one bit in its middle, or take it away."""
-    content = bytearray(path.read_bytes())
-    if how == "gone":
-        path.unlink()
-    elif how == "flipped":
-        content[len(content) // 2] ^= 1
-        path.write_bytes(content)
-    else:
-        path.write_bytes(content[: len(content) // 2])
-
-
-def test_an_artifact_of_the_wrong_kind_given_by_path(forks: Forks, tmp_path: Path) -> None:
-    store = ArtifactStore(tmp_path / "other")
-    staging = store.staging("evaluation", "ab" * 32)
-    (staging / "evaluation.json").write_text("{}", encoding="utf-8")
-    artifact = store.publish(staging, kind="evaluation", fingerprint="ab" * 32, meta={})
-    done = forks.run(*TINY, f"+stages.model.needs.init={artifact.path}", cwd=tmp_path)
-    check(done, code=2, pattern=r"needs\.init=\S+ is an evaluation artifact, and 'init' of a train stage takes model")
-
-
-@pytest.mark.parametrize("how", ["cut", "index", "flipped", "gone"])
-def test_a_damaged_artifact_in_the_store_is_named_and_made_again(
-    how: str, forks: Forks, trained: Path, tmp_path: Path
-) -> None:
-    shutil.copytree(trained / "artifacts", tmp_path / "artifacts")
-    before = weights(trained)
-    file = "artifact.json" if how == "index" else "model.safetensors"
-    damage(model_in(tmp_path) / file, how)
-    done = forks.run(*TINY, "fit.epochs=1", cwd=tmp_path)
-    assert done.code == 0, done.text
-    assert re.search(rf"model: running \(artifact .*damaged \({file}: ", done.err), done.text
-    assert weights(tmp_path) == before
-    assert left_behind(tmp_path) == []
-    assert stage(valid_manifest(tmp_path), "model")["status"] == "ran"
-
-
 # --- places where nothing can be written ---------------------------------------------------------------------------------
 
 
@@ -286,7 +236,7 @@ def test_a_directory_that_may_not_be_written(key: str, forks: Forks, tmp_path: P
         closed.mkdir(mode=0o555)
         done = forks.run(*TINY, f"{key}={closed}/here", cwd=tmp_path)
     reason = r"(Permission denied\); choose a|Read-only file system\); .*choose another) directory"
-    check(done, code=6, pattern=rf"{re.escape(str(closed))}.*{reason}.*run\.root=")
+    check(done, code=6, pattern=rf"{re.escape(str(closed))}.*{reason} .*\({re.escape(key)}=")
 
 
 def test_a_file_that_may_not_grow_leaves_the_checkpoints_before_it(forks: Forks, tmp_path: Path) -> None:
@@ -346,6 +296,21 @@ def test_a_full_disk_publishes_nothing_and_goes_on_when_there_is_room(where: str
         assert weights(disk, store="store") == weights(tmp_path, store="whole"), "as if nothing had happened"
 
 
+def test_a_full_disk_ends_every_rank(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    with small_disk(disk, options="size=200k"):
+        fill(disk, leave=20_000)
+        done = run(*TINY, *WORLD, "model=mlp", f"run.store={disk}/store", cwd=tmp_path)
+        check(done, code=6, pattern=r"cannot write the model to .*No space left on device.*free some space")
+        assert valid_manifest(tmp_path)["status"] == "failed"
+        assert weights(disk, store="store") == {}
+        (disk / "filler").unlink()
+        fill(disk, leave=0)
+        done = run(*TINY, *WORLD, "model=mlp", f"run.store={disk}/store2", "run.root=other", cwd=tmp_path)
+        check(done, code=6, pattern=r"cannot make the store .*No space left on device.*free some space")
+        assert not (tmp_path / "other").exists()
+
+
 def fill(disk: Path, *, leave: int) -> None:
     """Use the disk up but for ``leave`` bytes."""
     space = os.statvfs(disk)
@@ -359,6 +324,13 @@ def fill(disk: Path, *, leave: int) -> None:
 # fmt: off
 IN_A_WORLD: dict[str, tuple[tuple[str, ...], int, str]] = {
     "batch not divisible": (("fit.global_batch=25",), 2, r"global_batch=25 does not divide by 2 ranks.*use 24 or 26"),
+    "unknown key": (("fit.epoch=1",), 2, r"fit\.epoch is not a key \(did you mean fit\.epochs\?\)"),
+    "unknown stage kind": (("+stages.x={kind: distil}",), 2, r"kind=distil is not a stage kind \(did you mean distill\?\)"),
+    "calibration set empty": ((QUANTIZE % 0,), 2, r"calibration_samples=0 is too small; use 1 or more"),
+    "calibration set too large": ((QUANTIZE % 241,), 2, r"calibration_samples=241 does not fit the training split of 240 samples"),
+    "country that is none": (("footprint=codecarbon", "footprint.country_iso_code=XYZ"), 2, r"footprint\.country_iso_code='XYZ' is not among the \d+ countries"),
+    "teacher with other classes": ((*PAIR_OF, "data.classes=3"), 2, r"teacher model-\w+ \(stage model\) has 4 classes .*the data set 3 classes"),
+    "damaged artifact": (("+stages.model.needs.init=%s/damaged",), 4, r"artifact model-\w+ is damaged \(model\.safetensors: "),
     "target not allowed": (("model._target_=os.system",), 2, r"os\.system is not allowed"),
     "missing data": (("data=fashion_mnist", "data.root=."), 3, r"data\.root=\. has no train-images"),
     "store under a file": (("run.store=/dev/null/x",), 6, r"/dev/null/x.*choose another directory"),
@@ -371,10 +343,16 @@ IN_A_WORLD: dict[str, tuple[tuple[str, ...], int, str]] = {
 
 @pytest.mark.parametrize("controller", ["mpi", "gloo"])
 @pytest.mark.parametrize("what", IN_A_WORLD)
-def test_a_world_says_it_once_and_ends(what: str, controller: str, tmp_path: Path) -> None:
+def test_a_world_says_it_once_and_ends(what: str, controller: str, trained: Path, tmp_path: Path) -> None:
     if controller == "gloo" and what not in ("batch not divisible", "sample that is not finite"):
         pytest.skip("one configuration error and one in training are enough for the second controller")
     overrides, code, pattern = IN_A_WORLD[what]
+    model = model_in(trained)
+    if what == "damaged artifact":
+        model = tmp_path / "copy"
+        shutil.copytree(model_in(trained), model / "damaged")
+        damage(model / "damaged" / "model.safetensors", "flipped")
+    overrides = tuple(text.replace("%s", str(model)) for text in overrides)
     done = run(*TINY, *WORLD, *overrides, f"launch.controller={controller}", cwd=tmp_path)
     assert done.code == code, done.text
     assert "Traceback" not in done.err + done.out, done.text
@@ -382,7 +360,7 @@ def test_a_world_says_it_once_and_ends(what: str, controller: str, tmp_path: Pat
     assert re.search(pattern, done.errors[0]), done.text
     assert weights(tmp_path) == {}
     assert left_behind(tmp_path) == []
-    if code in (2, 3):
+    if code != 8:
         assert run_directories(tmp_path) == [], "a job that cannot run leaves no run"
         return
     (directory,) = run_directories(tmp_path)

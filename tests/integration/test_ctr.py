@@ -155,4 +155,4 @@ def test_another_split_is_not_the_same_ids(job: Path) -> None:
         cwd=job, timeout_s=LONG_S, env={"HOROVOD_JOBS_DATA": str(FOUND.parent)},  # type: ignore[union-attr]
     )  # fmt: skip
     assert done.code == 2, done.text
-    assert "choose the data set, and its split, that the model was trained on" in done.err
+    assert "choose the data set, and its split, that it was trained on" in done.err

@@ -275,14 +275,15 @@ def test_a_full_disk_publishes_nothing_and_goes_on_when_there_is_room(where: str
     if shutil.which("mount") is None:
         pytest.skip("there is no mount command here")
     disk = tmp_path / "disk"
-    steps = ("fit.checkpoint_every_steps=5",) if where == "checkpoint" else ()
-    job = (*TINY, "model=mlp", "fit.epochs=4", *steps)
+    steps = ("fit.epochs=4", "fit.checkpoint_every_steps=5") if where == "checkpoint" else ("fit.epochs=1",)
+    job = (*TINY, "model=mlp", *steps)
     reference = forks.run(*job, "run.store=whole", cwd=tmp_path)
     assert reference.code == 0, reference.text
     (size,) = (path.stat().st_size for path in (tmp_path / "whole").glob("model-*/model.safetensors"))
     with small_disk(disk, options=f"size={12 * size}"):
-        # A checkpoint is the weights and the momentum: one fits and the next does not. Without any, the weights do not fit.
-        fill(disk, leave=3 * size if where == "checkpoint" else size // 2)
+        # A checkpoint is the weights and the momentum: one fits and the next does not. Without any, the best weights of the one epoch
+        # fit, and the model does not.
+        fill(disk, leave=3 * size if where == "checkpoint" else size + size // 2)
         done = forks.run(*job, f"run.store={disk}/store", cwd=tmp_path)
         what = "write a checkpoint to" if where == "checkpoint" else "write the model to"
         check(done, code=6, pattern=rf"cannot {what} .*No space left on device.*free some space")

@@ -108,7 +108,6 @@ def test_the_same_command_again_reuses_everything(forks: Forks, tmp_path: Path) 
         "student": "reused",
     }
     assert weights(tmp_path) == before
-    assert second.seconds < first.seconds
     assert stage(manifest(tmp_path), "student")["metrics"]["steps"] == 20, "a reused stage keeps its figures"
 
 

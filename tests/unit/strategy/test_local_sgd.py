@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from horovod_jobs.comm.world import SingleWorld
+from horovod_jobs.comm.world import GradientExchange, SingleWorld
 from horovod_jobs.errors import ConfigError, NonFiniteError
 from horovod_jobs.stages import train
 from horovod_jobs.strategy.base import Setting
@@ -30,6 +30,18 @@ class Two(SingleWorld):
     def allreduce_async(self, tensor: Any, *, name: str, op: str = "sum") -> Any:
         self.names.append(name)
         return super().allreduce_async(tensor * 2 if op == "sum" else tensor, name=name, op=op)
+
+    def distribute(self, *args: Any, **settings: Any) -> GradientExchange:
+        """One that says what it sends: the gradient of ``updater``'s only parameter."""
+        made = super().distribute(*args, **settings)
+        synchronize = made.synchronize
+
+        def counted() -> None:
+            synchronize()
+            made.traffic.count_allreduce(3 * 4, ranks=2)
+
+        made.synchronize = counted  # type: ignore[method-assign]
+        return made
 
 
 def updater(world: SingleWorld, *, total: int = 20, epoch: int = 7, **settings: Any) -> LocalSgdUpdater:

@@ -82,12 +82,13 @@ def format_of(recipe: Recipe, *, stage: str) -> Format:
     Raises:
         ConfigError: nothing here would load it.
     """
-    if recipe.format not in FORMATS:
+    form = getattr(recipe, "format", None)  # A recipe of the user's may have been written without.
+    if form not in FORMATS:
         raise ConfigError(
-            f"stages.{stage}.quantizer writes the format {recipe.format!r}, which nothing here loads; use a backend that writes "
+            f"stages.{stage}.quantizer writes the format {form!r}, which nothing here loads; use a backend that writes "
             f"one of {', '.join(FORMATS)}"
         )
-    return FORMATS[recipe.format]
+    return FORMATS[form]
 
 
 def gate_split(ctx: StageContext, cfg: QuantizeStage) -> tuple[str, Split]:

@@ -90,6 +90,7 @@ class TurnsRound:
     """A recipe whose integer model gives the least likely class: it quantizes a copy whose last layer is negated."""
 
     name = "turns_round"
+    format = "onnx"
 
     def quantize(
         self, model: nn.Module, *, input_shape: Sequence[int], calibration: Calibration, world: World, path: Path

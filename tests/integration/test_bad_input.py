@@ -41,7 +41,7 @@ OWN_MODEL = ("model=mlp", "~model.hidden", "~model.dropout")
 TABLE: dict[str, tuple[tuple[str, ...], int, str]] = {
     # what is wrong: overrides, exit code, what the line says
     "unknown key": (("fit.epoch=1",), 2, r"fit\.epoch is not a key \(did you mean fit\.epochs\?\); fit has epochs, "),
-    "unknown section": (("fot.epochs=1",), 2, r"fot\.epochs is not a key \(did you mean fit\.epochs\?\); the job has name, seed"),
+    "unknown section": (("fot.epochs=1",), 2, r"fot\.epochs is not a key \(did you mean fit\.epochs\?\); the job has name, title, seed"),
     "unknown section and key": (("fot.epoch=1",), 2, r"fot\.epoch is not a key \(did you mean fit\.epochs\?\)"),
     "unknown key below a section": (("launch.slrm.nodes=1",), 2, r"launch\.slrm\.nodes is not a key \(did you mean launch\.slurm\.nodes\?\); launch has kind"),
     "unknown key of a part": (("footprint=codecarbon", "footprint.usd_per_kw=1"), 2, r"footprint\.usd_per_kw is not a key \(did you mean footprint\.usd_per_kwh\?\)"),
@@ -50,11 +50,11 @@ TABLE: dict[str, tuple[tuple[str, ...], int, str]] = {
     "key like no other": (("fit.zzzz=1",), 2, r"fit\.zzzz is not a key; fit has epochs, "),
     "key of a part that stages share": (("stages.model.optimizer.lr=1",), 2, r"stages\.model\.optimizer is the job's optimizer; set optimizer\.lr for all stages"),
     "need without a plus": (("stages.model.needs.init=./a",), 2, r"needs\.init is not a key; .*write \+stages\.model\.needs\.init="),
-    "unknown key with a plus": (("+epochs=1",), 2, r"epochs=1 is not a key; the job has name, seed"),
+    "unknown key with a plus": (("+epochs=1",), 2, r"epochs=1 is not a key; the job has name, title, seed"),
     "unknown key of a section": (("+fit.epoch=3",), 2, r"fit\.epoch=3 is not a key \(did you mean epochs\?\); fit has epochs"),
     "unknown key of a stage": (("+stages.model.epochs=3",), 2, r"stages\.model\.epochs is not a key of a train stage.*it has .*fit"),
     "unknown key of a stage's fit": (("+stages.model.fit.epoch=3",), 2, r"stages\.model\.fit\.epoch=3 is not a key \(did you mean epochs"),
-    "unknown group": (("modle=mlp",), 2, r"modle is not a key \(did you mean model\?\); the job has name, seed"),
+    "unknown group": (("modle=mlp",), 2, r"modle is not a key \(did you mean model\?\); the job has name, title, seed"),
     "unknown option": (("model=mpl",), 2, r"'model/mpl' Available options in 'model': .*mlp.*resnet20"),
     "unknown option of launch": (("launch=cloud",), 2, r"'launch/cloud' Available options in 'launch': docker hosts local mpijob none slurm trainjob"),
     "null for a group that is needed": (("data=null",), 2, r"group override must be a string"),
@@ -302,7 +302,7 @@ def test_a_full_disk_ends_every_rank(tmp_path: Path) -> None:
     with small_disk(disk, options="size=200k"):
         fill(disk, leave=20_000)
         done = run(*TINY, *WORLD, "model=mlp", f"run.store={disk}/store", cwd=tmp_path)
-        check(done, code=6, pattern=r"cannot write the model to .*No space left on device.*free some space")
+        check(done, code=6, pattern=r"cannot write a checkpoint to .*No space left on device.*free some space")
         assert valid_manifest(tmp_path)["status"] == "failed"
         assert weights(disk, store="store") == {}
         (disk / "filler").unlink()

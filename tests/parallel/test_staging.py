@@ -86,7 +86,7 @@ def test_horovod_is_given_copies_and_training_is_what_it_was(
     watch(hvd, "allreduce_async")
     watch(hvd, "broadcast")
     staged = run(world, shared_dir / "staged", strategy)
-    assert len(given) > 50
+    assert len(given) > 40  # The gradients of every step, and what a stage exchanges at its ends.
     assert all(given) if world.rank == 0 else not any(given)
     assert all(torch.allclose(plain[key], staged[key], atol=0 if world.size == 2 else 1e-5) for key in plain)
 

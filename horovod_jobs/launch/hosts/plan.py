@@ -159,7 +159,8 @@ def plan_job(launch: LaunchConfig, *, job: JobCommand, host: Host, environ: Mapp
     if controller == "gloo":
         return replace(base, argv=command, files={"on each host, by ssh": _shown(launch, base)})
     mpirun = _mpirun(launch, base, mpirun=str(host.mpirun))
-    return replace(base, argv=[*mpirun, *(OUTLIVE_RANKS if job.outlives_ranks else ()), *command])
+    survive = OUTLIVE_RANKS if job.outlives_ranks and host.has_ulfm else ()
+    return replace(base, argv=[*mpirun, *survive, *command])
 
 
 def _mpirun(launch: LaunchConfig, base: HostsPlan, *, mpirun: str) -> list[str]:

@@ -29,6 +29,19 @@ def planned(config: LaunchConfig) -> Any:
     return plan_job(config, job=job(), host=HOST, environ=ENVIRON)
 
 
+@pytest.mark.parametrize(
+    ("has_ulfm", "outlives", "told"), [(True, True, True), (False, True, False), (True, False, False)]
+)
+def test_mpi_is_told_to_bear_losses_where_it_can_and_the_job_does(has_ulfm: bool, outlives: bool, told: bool) -> None:
+    made = plan_job(
+        launch(controller="mpi"),
+        job=replace(job(), outlives_ranks=outlives),
+        host=replace(HOST, has_ulfm=has_ulfm),
+        environ=ENVIRON,
+    )
+    assert ("--with-ft" in made.argv) == told
+
+
 # --- which hosts ---------------------------------------------------------------------------------------------------------
 def test_both_forms_of_a_host_file_and_the_list(tmp_path: Path) -> None:
     path = tmp_path / "hosts"

@@ -252,6 +252,7 @@ def _serve(job: Job, roles: Roles) -> None:
     global _serves
     _serves = True
     in_rank.set_threads(roles.comm.Get_size())
+    from horovod_jobs.pulse import SignsOfLife
     from horovod_jobs.strategy.parameter_server.server import Server
     from horovod_jobs.strategy.parameter_server.stage import Seat
 
@@ -260,7 +261,9 @@ def _serve(job: Job, roles: Roles) -> None:
     up, down = roles.wires()
     allow = tuple(job.config.allow_targets)
     roles.unwatched()
-    Server(Seat(up, down, roles.rank, roles.worker_ranks, roles.server_ranks, allow, roles.hosts)).serve()
+    with SignsOfLife(roles.rank) as signs:
+        seat = Seat(up, down, roles.rank, roles.worker_ranks, roles.server_ranks, allow, roles.hosts)
+        Server(seat, on_run=signs.begin).serve()
     if up.lost():
         in_rank.record_exit(0)
         _flush()

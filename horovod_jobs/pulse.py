@@ -15,39 +15,61 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from horovod_jobs.comm.world import World
 from horovod_jobs.console import Console
 from horovod_jobs.errors import WorldError
 
 DIRECTORY = "ranks"
 INTERVAL_S = 2.0
 _ALARM = "alarm"
+_CHANNEL, _WAITS = "horovod_jobs.comm.channel", ("wait_until", "sleep_until")
+
+
+class Place(Protocol):
+    """Who a rank is: a World is one."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Apart:
+    """The place of a rank that belongs to no world and waits for nobody: a parameter server's."""
+
+    rank: int
+    size: int = 1
 
 
 class Pulse:
-    """The thread. ``start`` and ``stop`` are for the runner.
+    """The thread. ``start`` and ``stop`` are for whoever runs this rank's work.
 
     Args:
+        world: this rank's; it waits for the others of it.
         run_dir: the run's directory, which all ranks see.
         console: knows how far the work is.
         silent_limit_s: a rank that gives no sign of life for so long while others wait for it ends the job; None: never.
         stall_limit_s: the same for a wait in which every rank gives signs of life; None: never.
         end: called in this thread with the error and the silent ranks; must not return.
+        servers: ranks that are not in the world and that this one waits for all the same.
     """
 
     def __init__(
         self,
-        world: World,
+        world: Place,
         *,
         run_dir: Path,
         console: Console,
         silent_limit_s: float | None,
         stall_limit_s: float | None,
         end: Callable[[WorldError, list[int]], None],
+        servers: Sequence[int] = (),
         interval_s: float = INTERVAL_S,
     ) -> None:
         self._world, self._console, self._end, self._interval_s = world, console, end, interval_s
@@ -58,14 +80,12 @@ class Pulse:
         self._over = threading.Event()
         self._beat = 0
         self._wait = Wait()
-        self._others = Others(world, self._directory)
+        self._others = Others(world, self._directory, servers)
         self._dumped = ""  # the alarm whose stacks are written
 
     def start(self) -> None:
         """Begin. This rank's work is that of the calling thread."""
         self._directory.mkdir(exist_ok=True)
-        if self._world.is_main:
-            (self._directory / _ALARM).unlink(missing_ok=True)  # Of an earlier run with this id.
         self._write()
         self._thread.start()
 
@@ -80,13 +100,13 @@ class Pulse:
         while not self._over.wait(self._interval_s):
             now = time.monotonic()
             if now - last > 3 * self._interval_s + 1:  # This rank itself was stopped: what it has seen is old.
-                self._wait, self._others = Wait(), Others(self._world, self._directory)
+                self._wait = Wait()
+                self._others.forget()
             last = now
             self._wait.look(self._watched, self._console.now, now=now)
             self._write()
             self._dump_if_asked()
-            if self._world.size > 1:
-                self._check(now)
+            self._check(now)
 
     # --- what this rank says --------------------------------------------------------------------------------------------
     def _write(self, *, ended: bool = False) -> None:
@@ -137,7 +157,7 @@ class Pulse:
     # --- what it makes of the others ------------------------------------------------------------------------------------
     def _check(self, now: float) -> None:
         limits = [limit for limit in (self._silent_limit_s, self._stall_limit_s) if limit is not None]
-        if not limits or self._wait.seconds < min(limits) / 4:
+        if not limits or not self._others.ranks or self._wait.seconds < min(limits) / 4:
             self._others.forget()
             return
         self._others.look(now)
@@ -172,6 +192,37 @@ class Pulse:
         return None
 
 
+class SignsOfLife:
+    """Those of a rank that belongs to no world, a parameter server's, for one run after another; it waits for nobody and watches nobody."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._pulse: Pulse | None = None
+
+    def __enter__(self) -> SignsOfLife:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.begin(None)
+
+    def begin(self, run_dir: str | None) -> None:
+        """Give them in this run's directory from now on; None: nowhere. One that this host does not see gets none."""
+        if self._pulse is not None:
+            self._pulse.stop()
+            self._pulse = None
+        if run_dir is not None and Path(run_dir).is_dir():
+            console = Console(is_main=False, mode="none")
+            console.note(("serving parameters", 0, 0, ""))
+            self._pulse = Pulse(
+                Apart(self._rank), run_dir=Path(run_dir), console=console, silent_limit_s=None, stall_limit_s=None, end=_never
+            )  # fmt: skip
+            self._pulse.start()
+
+
+def _never(error: WorldError, silent: list[int]) -> None:
+    """It has no limits."""
+
+
 class Wait:
     """Which collective a thread waits in, and for how long it has been the same."""
 
@@ -192,41 +243,49 @@ class Wait:
 
 
 def waiting_in(thread: int) -> tuple[str, int] | None:
-    """The collective that a thread is in, and the identity of its frame; None where it does something else.
+    """The collective or message that a thread waits for, and the identity of the waiting frame; None where it does something else.
 
     It waits where nothing but Horovod, MPI, a lock and ``comm`` is on top of its stack: rank 0 at work in ``World.main`` does not. Some of
-    Horovod's collectives are autograd functions, so that frames of torch's may lie between.
+    Horovod's collectives are autograd functions, so that frames of torch's may lie between. And it waits in ``comm.channel``'s loops,
+    whatever they ask between two looks.
     """
     frame = sys._current_frames().get(thread)
     found: tuple[str, int] | None = None
+    only_waits = True  # between this frame and the top, or the last loop that waits
     while frame is not None:
         module = str(frame.f_globals.get("__name__", ""))
-        if module.startswith("horovod_jobs.comm."):
+        only_waits |= module == _CHANNEL and frame.f_code.co_name in _WAITS
+        if only_waits and module.startswith("horovod_jobs.comm."):
             values = frame.f_locals
             name = values.get("name", getattr(values.get("self"), "name", None))
             if isinstance(name, str):
                 found = (name, id(frame))
             elif found is None:
                 found = (f"{module.rpartition('.')[2]}.{frame.f_code.co_name}", id(frame))
-        elif not module.startswith(("horovod.", "mpi4py", "torch.autograd.", "threading")):
-            break
+        else:
+            only_waits &= module.startswith(("horovod.", "mpi4py", "torch.autograd.", "threading"))
         frame = frame.f_back
     return found
 
 
 class Others:
-    """The signs of life of all ranks, and when each was last seen to change, on this rank's clock."""
+    """The signs of life of all other ranks, and when each was last seen to change, on this rank's clock."""
 
-    def __init__(self, world: World, directory: Path) -> None:
-        self._world, self._directory = world, directory
+    def __init__(self, world: Place, directory: Path, servers: Sequence[int] = ()) -> None:
+        self._world, self._directory, self._servers = world, directory, servers
         self._signs: dict[int, dict[str, Any]] = {}
         self._changed: dict[int, float] = {}
+
+    @property
+    def ranks(self) -> list[int]:
+        """All others; those of the world change where it goes on without ranks that die."""
+        return [*(rank for rank in range(self._world.size) if rank != self._world.rank), *self._servers]
 
     def forget(self) -> None:
         self._changed.clear()
 
     def look(self, now: float) -> None:
-        for rank in range(self._world.size):
+        for rank in self.ranks:
             sign = read_sign(self._directory / f"rank-{rank}.json")
             if rank not in self._changed or (sign or {}).get("beat") != self._signs.get(rank, {}).get("beat"):
                 self._changed[rank] = now
@@ -237,7 +296,10 @@ class Others:
         """Ranks that have not changed for ``limit_s``."""
         if limit_s is None:
             return []
-        return [rank for rank, when in self._changed.items() if now - when > limit_s and rank != self._world.rank]
+        seen = [
+            rank for rank in self.ranks if rank in self._changed and (rank in self._signs or rank < self._world.size)
+        ]
+        return [rank for rank in seen if now - self._changed[rank] > limit_s]
 
     def describe(self, rank: int) -> str:
         sign = self._signs.get(rank)
@@ -246,9 +308,9 @@ class Others:
     def doing(self) -> str:
         """What each of the other ranks is at."""
         told = []
-        for rank in range(self._world.size):
+        for rank in self.ranks:
             sign = self._signs.get(rank)
-            if rank == self._world.rank or sign is None:
+            if sign is None:
                 continue
             at = (
                 f"waiting in {sign['waiting_in']!r}" if sign["waiting_in"] else f"at work ({sign['doing'] or 'set-up'})"

@@ -6,6 +6,7 @@ import itertools
 import logging
 import os
 import secrets
+import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,13 +14,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from horovod_jobs import manifest as manifests
 from horovod_jobs.artifacts import Artifact, ArtifactStore
 from horovod_jobs.chaos import Striker
 from horovod_jobs.comm.connect import world_lost
+from horovod_jobs.comm.roles import roles_of
 from horovod_jobs.comm.world import World
 from horovod_jobs.config import RunConfig
 from horovod_jobs.console import Console, EventLog, logging_to
-from horovod_jobs.errors import ConfigError, JobError, StorageError, WorldError
+from horovod_jobs.errors import ArtifactError, ConfigError, JobError, StorageError, WorldError
 from horovod_jobs.instantiate import instantiate, is_node
 from horovod_jobs.interrupt import StopRequest
 from horovod_jobs.job import Job
@@ -27,11 +30,14 @@ from horovod_jobs.lifecycle import Workplace, make
 from horovod_jobs.origin import origin
 from horovod_jobs.parallel import side_by_side
 from horovod_jobs.planning import Planned, Prepared, plan, prepare
+from horovod_jobs.pulse import DIRECTORY as RANKS
 from horovod_jobs.pulse import Pulse
 from horovod_jobs.record import Record, figures
 from horovod_jobs.spending import Spending
 from horovod_jobs.storage import digest_of, flatten, locked, storage_errors, update_link, write_text
 from horovod_jobs.tracking import NullTracker, Tracker
+
+_NOT_THE_WORK = ("launch", "run", "chaos")  # parts of a config that may differ between two tries of the same job
 
 
 @dataclass(frozen=True)
@@ -73,9 +79,37 @@ def _make_run_dir(job: Job, stack: ExitStack) -> str:
     stack.enter_context(locked(run_dir / ".lock", busy=busy))
     import yaml
 
+    _check_not_anothers(job, run_dir)
+    shutil.rmtree(run_dir / RANKS, ignore_errors=True)  # Signs of life of an earlier try.
     write_text(run_dir / "config.yaml", yaml.safe_dump(job.resolved, sort_keys=False, allow_unicode=True))
     update_link(root / "latest", run_id)
     return str(run_dir)
+
+
+def _check_not_anothers(job: Job, run_dir: Path) -> None:
+    """A run that has come to its end is kept: only the same job may take its place. One that failed may be mended and go on.
+
+    Raises:
+        ConfigError: another job's run has this id.
+    """
+    import yaml
+
+    try:
+        if manifests.read(run_dir)["status"] != "done":
+            return
+        before = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+        old, new = (
+            {key: value for key, value in flatten(one) if key.split(".")[0] not in _NOT_THE_WORK}
+            for one in (before, job.resolved)
+        )
+    except (OSError, ArtifactError, yaml.YAMLError, AttributeError):
+        return  # No run, or none that tells anything.
+    differing = sorted(key for key in old | new if old.get(key) != new.get(key))
+    if differing:
+        shown = "; ".join(f"{key}: {old.get(key)} there, {new.get(key)} here" for key in differing[:3])
+        raise ConfigError(
+            f"run.id={run_dir.name} is a run of another job, which is complete ({shown}); give this one another run.id, or remove {run_dir}"
+        )
 
 
 class Run:
@@ -127,6 +161,9 @@ class Run:
             pulse = self._pulse(config)
             pulse.start()
             stack.callback(pulse.stop)
+            if (roles := roles_of(self.world)) is not None:
+                roles.tell_run(str(run_dir))
+                stack.callback(roles.tell_run, None)
             try:
                 self._stages(stack, prepared)
             except BaseException as caught:
@@ -227,6 +264,7 @@ class Run:
             silent_limit_s=config.silent_limit_s,
             stall_limit_s=config.stall_limit_s,
             end=end,
+            servers=roles.server_ranks if (roles := roles_of(self.world)) is not None else (),
         )
 
     # --- the record -------------------------------------------------------------------------------------------------

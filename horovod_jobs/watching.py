@@ -138,7 +138,9 @@ def lines_to_events(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
 
 def _take_signs(view: RunView, run_dir: Path) -> None:
     started = run_dir.stat().st_ctime
-    for rank in range(view.size or 0):
+    signs = (run_dir / DIRECTORY).glob("rank-*.json")
+    beside = {int(path.stem.removeprefix("rank-")) for path in signs} - set(range(view.size or 0))  # parameter servers
+    for rank in [*range(view.size or 0), *sorted(beside)]:
         path = run_dir / DIRECTORY / f"rank-{rank}.json"
         sign = read_sign(path)
         if sign is None:
@@ -179,7 +181,7 @@ def render(view: RunView) -> RenderableType:
 
     alive = sum(rank.alive for rank in view.ranks)
     head = [f"{view.run}  {view.name}".strip(), view.status]
-    head += [f"{alive} of {view.size} ranks alive"] if view.size and view.status == "running" else []
+    head += [f"{alive} of {len(view.ranks)} ranks alive"] if view.size and view.status == "running" else []
     head += [f"{formats.energy(view.energy_kwh)} so far"] if view.energy_kwh is not None else []
     stages = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for title in ("stage", "kind", "status", "step", "now", "last epoch", "time", "energy"):

@@ -75,8 +75,11 @@ class Backoff:
             time.sleep(min(0.00002 * 1.3 ** min(40, over), longest_s or self._longest_s))
 
 
-def wait_until(done: Callable[[], bool], *, limit_s: float | None = None) -> bool:
-    """Whether ``done`` came true within ``limit_s``. Asking it must drive the messages on."""
+def wait_until(done: Callable[[], bool], *, name: str = "message", limit_s: float | None = None) -> bool:
+    """Whether ``done`` came true within ``limit_s``. Asking it must drive the messages on.
+
+    The watchdog finds ``name`` here and in ``sleep_until``: whoever is in one of them waits, whatever ``done`` does (see ``pulse``).
+    """
     backoff, deadline = Backoff(), None if limit_s is None else time.monotonic() + limit_s
     while not done():
         if deadline is not None and time.monotonic() > deadline:
@@ -88,10 +91,7 @@ def wait_until(done: Callable[[], bool], *, limit_s: float | None = None) -> boo
 def sleep_until(
     done: Callable[[], bool], condition: threading.Condition, *, name: str, look_s: float, limit_s: float | None = None
 ) -> bool:
-    """Whether ``done`` came true within ``limit_s``, while another thread drives the messages on and notifies ``condition``, which is held.
-
-    The watchdog finds ``name`` here: it looks for who waits in ``comm`` (see ``pulse``).
-    """
+    """The same while another thread drives the messages on and notifies ``condition``, which is held."""
     deadline = None if limit_s is None else time.monotonic() + limit_s
     while not done():
         if deadline is not None and time.monotonic() > deadline:

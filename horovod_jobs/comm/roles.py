@@ -63,12 +63,23 @@ class Roles:
 
     def dismiss(self) -> None:
         """Send the servers home. Only the first worker's word counts, so any worker may call this."""
+        self._tell_servers(SHUTDOWN)
+
+    def tell_run(self, directory: str | None) -> None:
+        """Tell the servers of the run that begins, in which they give signs of life; None: it is over. Any worker may call this."""
+        self._tell_servers({"op": "run", "directory": directory})
+
+    def _tell_servers(self, order: dict[str, Any]) -> None:
         if self.server_ranks and self.rank == self.worker_ranks[0]:
+            from horovod_jobs.comm.channel import is_loss
+
             up, _ = self.wires()
-            lost = up.lost()
-            for server in self.server_ranks:
-                if server not in lost:
-                    up.send_json(SHUTDOWN, to=server)
+            for server in set(self.server_ranks) - up.lost():
+                try:
+                    up.send_json(order, to=server)
+                except Exception as error:
+                    if not is_loss(error):
+                        raise  # Else it has just died, which is told where it is missed.
 
     def obituary(self) -> str:
         """Which ranks have died, as far as MPI has heard; nothing where it ends the job with them."""

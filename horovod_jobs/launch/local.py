@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping, Sequence
 
 from horovod_jobs.config import LaunchConfig
-from horovod_jobs.console import TERMINAL_VARIABLE
 from horovod_jobs.errors import SetupError
 from horovod_jobs.launch.base import Host, JobCommand, LaunchPlan, environment
 from horovod_jobs.launch.process import run_world
@@ -14,6 +15,8 @@ from horovod_jobs.launch.process import run_world
 TUNED_MPI = ("--mca", "mpi_yield_when_idle", "1", "--mca", "btl", "self,sm", "--mca", "pml", "ob1",
               "--mca", "coll_tuned_use_dynamic_rules", "1", "--mca", "coll_tuned_allreduce_algorithm", "4")  # fmt: skip
 
+_HERE = "localhost"
+_KEEPALIVE_S = 3600.0  # No network lies between: a launcher that a person has suspended is not a host that was cut off.
 
 # ULFM: who talks to a rank that has died gets an error, and mpirun does not end the others.
 OUTLIVE_RANKS = ("--with-ft", "ulfm")
@@ -47,13 +50,10 @@ def plan(
         )
     env = environment(launch, host=host, environ=environ)
     survive = OUTLIVE_RANKS if outlives_ranks and host.has_ulfm else ()
-    if controller == "mpi":
-        return LaunchPlan([str(host.mpirun), "-np", str(launch.np), "--bind-to", "none", "--map-by", "slot:OVERSUBSCRIBE",
-                           *TUNED_MPI, *survive, *command], env, controller)  # fmt: skip
-    if host.horovodrun is None:
-        raise SetupError("launch.controller=gloo needs horovodrun, which is not installed; run launch/install.sh")
-    env.pop(TERMINAL_VARIABLE, None)  # horovodrun writes the rank before each line, which would tear bars apart.
-    return LaunchPlan([host.horovodrun, "--gloo", "-np", str(launch.np), *command], env, controller)
+    if controller == "gloo":
+        return LaunchPlan(list(command), env, controller, files={f"by {launch.np} ranks, which Gloo joins": ""})
+    return LaunchPlan([str(host.mpirun), "-np", str(launch.np), "--bind-to", "none", "--map-by", "slot:OVERSUBSCRIBE",
+                       *TUNED_MPI, *survive, *command], env, controller)  # fmt: skip
 
 
 def plan_job(launch: LaunchConfig, *, job: JobCommand, host: Host, environ: Mapping[str, str]) -> LaunchPlan:
@@ -63,4 +63,13 @@ def plan_job(launch: LaunchConfig, *, job: JobCommand, host: Host, environ: Mapp
 
 def start(launch: LaunchConfig, planned: LaunchPlan) -> int:
     """Run the world and wait for it."""
-    return run_world(planned, grace_s=launch.grace_s)
+    if planned.controller == "mpi":
+        return run_world(planned, grace_s=launch.grace_s)
+    # Not by horovodrun, which listens for the ranks on every interface and shows their variables on its command line.
+    from horovod_jobs.comm.interfaces import loopback
+    from horovod_jobs.launch.hosts.hub import Station, run_stations
+    from horovod_jobs.launch.hosts.plan import Slots, rank_variables
+
+    ranks = rank_variables([Slots(_HERE, launch.np)], {_HERE: loopback()})[_HERE]
+    here = Station(_HERE, [sys.executable], planned.argv, os.getcwd(), planned.env, ranks, here=True)
+    return run_stations([here], grace_s=launch.grace_s, keepalive_s=_KEEPALIVE_S)

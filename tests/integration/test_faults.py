@@ -83,6 +83,13 @@ def test_two_launchers_with_the_same_run_id(forks: Forks, tmp_path: Path) -> Non
         assert not (run_dir / "manifest.json").exists()
     assert forks.run(*TINY, "run.id=one", cwd=tmp_path).code == 0
     assert forks.run(*TINY, "run.id=one", cwd=tmp_path).code == 0
+    before = (run_dir / "manifest.json").read_bytes()
+    other = forks.run(*TINY, "run.id=one", "fit.epochs=3", cwd=tmp_path)
+    assert other.code == 2, other.text
+    assert other.errors[0].startswith(
+        "error: run.id=one is a run of another job, which is complete (fit.epochs: 2 there, 3 here"
+    )
+    assert (run_dir / "manifest.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(

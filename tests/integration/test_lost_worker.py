@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ from tests.integration.support import (
     wait_for,
 )
 
-# Epochs of 80 steps.
+# Epochs of 80 steps. With stale gradients the default learning rate now and then ruins a batch of 3.
 JOB = (*TINY, "strategy=parameter_server", "strategy.chunk_kb=2", "model.dropout=0", "fit.sync_batchnorm=false", "fit.epochs=3",
-       "fit.global_batch=3", "fit.checkpoint_every_steps=20", "launch=local")  # fmt: skip
+       "fit.global_batch=3", "fit.checkpoint_every_steps=20",
+       "optimizer.lr=0.01", "launch=local")  # fmt: skip
 THREE_WORKERS = (*JOB, "launch.np=4")
 
 
@@ -65,7 +67,7 @@ def test_the_others_go_on_without_a_worker_that_dies(consistency: str, tmp_path:
     assert 20 <= lost[0]["last_step"] < lost[0]["samples_taken_over_from_step"]
     epochs = [entry for entry in events(tmp_path) if entry["event"] == "epoch"]
     assert [entry["epoch"] for entry in epochs] == [1, 2, 3], "every epoch has all its steps"
-    assert epochs[-1]["train_loss"] < 0.8 * epochs[0]["train_loss"]
+    assert epochs[-1]["train_loss"] < 0.2 * epochs[0]["train_loss"]
     assert stage(told, "model")["metrics"]["steps"] == epochs[-1]["step"]
     assert left_behind(tmp_path) == []
 
@@ -80,7 +82,7 @@ def test_a_rank_that_is_stopped_ends_the_job_in_bounded_time(consistency: str, r
     done = running.wait(timeout_s=90)
     running.nothing_left()
     assert done.code == 9, done.text
-    assert "gave no sign of life for 4 s" in done.err, done.text
+    assert re.search(rf"rank {rank} \(host \S+, pid \d+\) gave no sign of life for 4 s", done.err), done.text
     assert valid_manifest(tmp_path)["status"] == "failed"
 
 

@@ -14,7 +14,7 @@ import pytest
 from horovod_jobs.config import LaunchConfig
 from horovod_jobs.errors import ConfigError, SetupError
 from horovod_jobs.launch.base import Host, JobCommand, LaunchPlan
-from horovod_jobs.launch.local import plan, plan_job
+from horovod_jobs.launch.local import plan, plan_job, start
 from horovod_jobs.launch.process import run_world
 
 HOST = Host(python="/venv/bin/python", mpirun="/venv/bin/mpirun", horovodrun="/venv/bin/horovodrun", has_mpi4py=True,
@@ -65,10 +65,7 @@ def test_gloo_is_taken_where_mpi_is_not() -> None:
     for change in ({"mpirun": None}, {"has_mpi4py": False}):
         host = Host(**{**HOST.__dict__, **change})
         found = planned(LaunchConfig(kind="local", np=2), host)
-        assert (found.controller, found.argv) == (
-            "gloo",
-            ["/venv/bin/horovodrun", "--gloo", "-np", "2", "python", "job"],
-        )
+        assert (found.controller, found.argv) == ("gloo", ["python", "job"])
         with pytest.raises(SetupError, match="launch.controller=mpi needs (mpirun|mpi4py), which is not installed"):
             planned(LaunchConfig(kind="local", np=2, controller="mpi"), host)
 
@@ -144,3 +141,24 @@ def test_sigterm_reaches_the_ranks_and_the_deaf_are_killed(tmp_path: Path, obey:
     sender.join()
     assert got == code
     assert time.monotonic() - started < 20
+
+
+def test_a_world_of_gloo_meets_on_the_loopback_and_shows_no_variable_on_a_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    script = """
+import os
+told = {name: os.environ[name] for name in ("HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD_GLOO_IFACE")}
+commands = [open(f"/proc/{pid}/cmdline", "rb").read() for pid in (os.getpid(), os.getppid())]
+address = os.environ["HOROVOD_GLOO_RENDEZVOUS_ADDR"]
+print(*told.values(), address, os.environ["MY_TOKEN"], any(("a-" + "secret").encode() in one for one in commands))
+"""
+    monkeypatch.chdir(tmp_path)
+    launch = LaunchConfig(kind="local", np=2, controller="gloo", env=["MY_TOKEN"])
+    made = plan(
+        launch, host=HOST, environ={**os.environ, "MY_TOKEN": "a-secret"}, command=[sys.executable, "-c", script]
+    )
+    assert start(launch, made) == 0
+    assert sorted(capfd.readouterr().out.splitlines()) == [
+        f"{rank} 2 {rank} lo 127.0.0.1 a-secret False" for rank in (0, 1)
+    ]

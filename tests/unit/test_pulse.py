@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
+from horovod_jobs.comm.channel import sleep_until, wait_until
 from horovod_jobs.comm.world import SingleWorld, World
 from horovod_jobs.console import Console
 from horovod_jobs.errors import WorldError
-from horovod_jobs.pulse import Others, Pulse, Wait, read_sign, waiting_in
+from horovod_jobs.pulse import Others, Pulse, SignsOfLife, Wait, read_sign, waiting_in
 
 INTERVAL_S = 0.02
 
@@ -62,6 +63,34 @@ def test_a_thread_waits_where_comm_is_on_top_of_its_stack() -> None:
     assert waiting_in(thread.ident or 0) is None
 
 
+def test_who_is_in_a_loop_that_waits_does_so_whatever_it_asks_between_two_looks() -> None:
+    asked, over = threading.Event(), threading.Event()
+
+    def done() -> bool:  # Not comm's own code: it looks for ranks that have died, say.
+        asked.set()
+        over.wait()
+        return True
+
+    condition = threading.Condition()
+
+    def sleep() -> None:
+        with condition:
+            sleep_until(done, condition, name="parameters", look_s=0.05)
+
+    for body, name in ((lambda: wait_until(done, name="flags"), "flags"), (sleep, "parameters")):
+        asked.clear()
+        over.clear()
+        thread = threading.Thread(target=body)
+        thread.start()
+        assert asked.wait(10)
+        first = waiting_in(thread.ident or 0)
+        assert first is not None
+        assert first[0] == name
+        assert waiting_in(thread.ident or 0) == first, "it is the same wait"
+        over.set()
+        thread.join()
+
+
 def test_rank_0_at_work_inside_main_does_not_wait() -> None:
     seen: list[Any] = []
     SingleWorld().main(lambda: seen.append(waiting_in(threading.get_ident())), name="stage.publish")
@@ -101,6 +130,33 @@ def test_who_is_silent_is_counted_on_this_ranks_clock(tmp_path: Path) -> None:
     assert read_sign(tmp_path / "rank-1.json") is None
     assert others.describe(1) == "rank 1 (host a, pid 7)"
     assert others.describe(3) == "rank 3 (never seen)"
+
+
+def test_a_server_counts_where_it_has_ever_been_seen(tmp_path: Path) -> None:
+    others = Others(Stuck(), tmp_path, servers=(2, 3))
+    sign(tmp_path, 1)
+    sign(tmp_path, 2)
+    others.look(100.0)
+    sign(tmp_path, 1, beat=2)
+    others.look(120.0)
+    assert others.silent(120.0, limit_s=10) == [2], "server 3 does not see the run's directory"
+    assert others.ranks == [1, 2, 3]
+
+
+def test_a_server_gives_signs_of_life_in_one_run_after_another(tmp_path: Path) -> None:
+    runs = [tmp_path / "a", tmp_path / "b"]
+    for run in runs:
+        (run / "logs").mkdir(parents=True)
+    with SignsOfLife(3) as signs:
+        signs.begin(str(runs[0]))
+        first = read_sign(runs[0] / "ranks" / "rank-3.json")
+        assert first is not None
+        assert (first["doing"], first["ended"]) == ("serving parameters", False)
+        signs.begin(str(runs[1]))
+        assert (read_sign(runs[0] / "ranks" / "rank-3.json") or {})["ended"]
+        signs.begin(str(tmp_path / "not here"))
+        assert not (tmp_path / "not here").exists()
+    assert (read_sign(runs[1] / "ranks" / "rank-3.json") or {})["ended"]
 
 
 def pulse(world: World, run_dir: Path, ended: list[Any], **limits: float | None) -> Pulse:

@@ -239,26 +239,32 @@ def start(launch: LaunchConfig, planned: LaunchPlan) -> int:
         return run_world(ready, grace_s=launch.grace_s, forward=FORWARD, directory=Path(directory))
 
 
+def rank_variables(hosts: Sequence[Slots], interfaces: Mapping[str, str]) -> dict[str, list[dict[str, str]]]:
+    """What each rank of each host has in its environment, as Horovod's Gloo reads it."""
+    size, found, rank = sum(one.count for one in hosts), {}, 0
+    for one in hosts:
+        interface = interfaces[one.name]
+        found[one.name] = [{
+            "HOROVOD_HOSTNAME": one.name, "HOROVOD_RANK": str(rank + local), "HOROVOD_SIZE": str(size),
+            "HOROVOD_LOCAL_RANK": str(local), "HOROVOD_LOCAL_SIZE": str(one.count),
+            "HOROVOD_CROSS_RANK": str([other.name for other in hosts if other.count > local].index(one.name)),
+            "HOROVOD_CROSS_SIZE": str(sum(other.count > local for other in hosts)),
+            "HOROVOD_CONTROLLER": "gloo", "HOROVOD_CPU_OPERATIONS": "gloo", "HOROVOD_GLOO_IFACE": interface,
+            "NCCL_SOCKET_IFNAME": interface, "PYTHONUNBUFFERED": "1",
+        } for local in range(one.count)]  # fmt: skip
+        rank += one.count
+    return found
+
+
 def _stations(launch: LaunchConfig, planned: HostsPlan, checked: Checked) -> list[Station]:
-    """One a host: how it is reached, and the variables of each of its ranks as Horovod's Gloo reads them."""
-    size, stations, rank = sum(one.count for one in planned.hosts), [], 0
+    """One a host: how it is reached, and the variables of each of its ranks."""
+    variables = rank_variables(planned.hosts, checked.interfaces)
+    stations = []
     for one in planned.hosts:
-        interface = checked.interfaces[one.name]
-        ranks = []
-        for local in range(one.count):
-            across = [other.name for other in planned.hosts if other.count > local]
-            ranks.append({
-                "HOROVOD_HOSTNAME": one.name, "HOROVOD_RANK": str(rank), "HOROVOD_SIZE": str(size),
-                "HOROVOD_LOCAL_RANK": str(local), "HOROVOD_LOCAL_SIZE": str(one.count),
-                "HOROVOD_CROSS_RANK": str(across.index(one.name)), "HOROVOD_CROSS_SIZE": str(len(across)),
-                "HOROVOD_CONTROLLER": "gloo", "HOROVOD_CPU_OPERATIONS": "gloo", "HOROVOD_GLOO_IFACE": interface,
-                "NCCL_SOCKET_IFNAME": interface, "PYTHONUNBUFFERED": "1",
-            })  # fmt: skip
-            rank += 1
         here = one.name in checked.here
         reach = [planned.python] if here else ["ssh", *ssh_options(launch.hosts), one.name, shlex.quote(planned.python)]
         env = {name: planned.env[name] for name in planned.named}
         if here:
             env = dict(planned.env)  # What belongs to this host (HOME, TMPDIR) may stay.
-        stations.append(Station(one.name, reach, planned.argv, os.getcwd(), env, ranks, here=here))
+        stations.append(Station(one.name, reach, planned.argv, os.getcwd(), env, variables[one.name], here=here))
     return stations

@@ -15,6 +15,7 @@ import ctypes
 import http.server
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from typing import IO, Any
 
 Rank = tuple[int, "subprocess.Popen[bytes]", list[threading.Thread]]
 _KILL_AFTER_S = 10.0
+_LINE_S = 0.1
 _LARGEST_BYTES = 1 << 20  # an address of a rank has a few hundred
 _say_lock = threading.Lock()
 
@@ -118,9 +120,20 @@ def _end_with_parent() -> None:
 
 
 def relay(stream: IO[bytes], rank: int, number: int) -> None:
-    """A rank's output, as it comes."""
-    while data := os.read(stream.fileno(), 65536):
-        say(rank=rank, stream=number, text=data.decode("latin-1"))
+    """A rank's output in whole lines, so that those of two ranks do not mix. What is no line yet waits ``_LINE_S`` for its end."""
+    begun = b""
+    while True:
+        if begun and not select.select([stream], [], [], _LINE_S)[0]:
+            say(rank=rank, stream=number, text=begun.decode("latin-1"))
+            begun = b""
+        data = os.read(stream.fileno(), 65536)
+        begun += data
+        end = len(begun) if not data else begun.rfind(b"\n") + 1
+        if end:
+            say(rank=rank, stream=number, text=begun[:end].decode("latin-1"))
+            begun = begun[end:]
+        if not data:
+            break
     stream.close()
 
 

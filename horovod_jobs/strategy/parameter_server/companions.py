@@ -49,8 +49,8 @@ class Flags:
             self._check()
             return bool(self._receiver.Test())
 
-        wait_until(done)
-        wait_until(self._sender.Test)
+        wait_until(done, name="flags")
+        wait_until(self._sender.Test, name="flags")
         self.gone_from = [int(step) for step in self._answer[protocol.FLAGS :].tolist()]
         return torch.cat([self._answer[: protocol.FLAGS], self._own[protocol.FLAGS :]])
 

@@ -30,10 +30,10 @@ def _no() -> bool:
 
 
 class Server:
-    """Answers the workers."""
+    """Answers the workers. ``on_run`` hears of each run that the workers begin: its directory, and None when it is over."""
 
-    def __init__(self, seat: Seat) -> None:
-        self.seat = seat
+    def __init__(self, seat: Seat, *, on_run: Callable[[str | None], None] | None = None) -> None:
+        self.seat, self._on_run = seat, on_run
         self._worker_of = {rank: index for index, rank in enumerate(self.seat.workers)}
         self.stage: Stage | None = None
         self._left = set(range(len(self.seat.workers)))  # workers that have left the last stage
@@ -132,6 +132,9 @@ class Server:
         kind = order["op"]
         if kind == "shutdown":
             self._over = True
+        elif kind == "run":
+            if self._on_run is not None:
+                self._on_run(order["directory"])
         elif kind == "bind":
             self._waiting.append((source, order, receive_arrays(self.seat.up, order, source=source)))
         elif kind == "unbind":

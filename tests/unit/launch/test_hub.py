@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from horovod_jobs.errors import SetupError
-from horovod_jobs.launch.hosts import hub
+from horovod_jobs.launch.hosts import hub, station
 from horovod_jobs.launch.hosts.hub import Station, run_stations
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -67,7 +68,7 @@ deadline = time.monotonic() + 10
 while ask("GET", "/global/0")[0] != 404:
     assert time.monotonic() < deadline
     time.sleep(0.01)
-print("rank", rank, "has met everybody", "SECRET" in os.environ)
+print("rank", rank, "has met everybody", "SECRET" in os.environ)  # Which Python writes in pieces.
 print("rank", rank, "to stderr", file=sys.stderr)
 """
 
@@ -79,6 +80,27 @@ def test_ranks_of_two_hosts_find_each_other_and_their_output_is_shown(
     shown = capfd.readouterr()
     assert sorted(shown.out.splitlines()) == [f"rank {rank} has met everybody False" for rank in range(3)]
     assert sorted(shown.err.splitlines()) == [f"rank {rank} to stderr" for rank in range(3)]
+
+
+def test_a_ranks_output_goes_on_in_whole_lines_and_what_is_no_line_yet_does_not_wait_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: queue.Queue[str] = queue.Queue()
+    monkeypatch.setattr(station, "say", lambda **report: told.put(report["text"]))
+    reading, writing = os.pipe()
+    thread = threading.Thread(target=station.relay, args=(os.fdopen(reading, "rb", buffering=0), 3, 1))
+    thread.start()
+    os.write(writing, b"one\ntwo\nthr")
+    assert told.get(timeout=10) == "one\ntwo\n"
+    os.write(writing, b"ee\n? ")
+    assert told.get(timeout=10) in ("thr", "three\n")  # In two parts where this machine was slow.
+    seen = told.get(timeout=10)
+    assert (seen if seen == "? " else told.get(timeout=10)) == "? ", "a prompt is shown"
+    os.write(writing, b"end")
+    os.close(writing)
+    assert told.get(timeout=10) == "end"
+    thread.join(timeout=10)
+    assert not thread.is_alive()
 
 
 @pytest.mark.parametrize(

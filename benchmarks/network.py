@@ -45,10 +45,11 @@ COMPRESSED_BYTES = 16 * MIB
 
 _RING = ("--mca", "coll_tuned_use_dynamic_rules", "1", "--mca", "coll_tuned_allreduce_algorithm")
 # A message up to the eager limit goes at once, without asking the receiver first, which on a link that is full waits behind
-# everything in the queue. Small socket buffers keep that queue short.
+# everything in the queue. Small socket buffers keep that queue short. With two connections to each host, acknowledgements of what comes
+# in need not wait behind what goes out: of two hosts, each is the other's neighbour on both sides.
 TCP_TUNED = (
     "--mca", "btl_tcp_eager_limit", "525312", "--mca", "btl_tcp_rndv_eager_limit", "525312", "--mca", "btl_tcp_max_send_size", "525312",
-    "--mca", "btl_tcp_sndbuf", "131072", "--mca", "btl_tcp_rcvbuf", "131072",
+    "--mca", "btl_tcp_sndbuf", "131072", "--mca", "btl_tcp_rcvbuf", "131072", "--mca", "btl_tcp_links", "2",
 )  # fmt: skip
 METHODS: dict[str, tuple[str, ...]] = {
     "Gloo": (),

@@ -36,6 +36,7 @@ from benchmarks._network_runs import (
 from benchmarks.common import conclude, note, parser, table
 from benchmarks.hosts import Hosts, hosts, why_not
 from horovod_jobs.errors import SetupError
+from horovod_jobs.launch.mpi import EAGER, RING, SEGMENTED_RING, SHORT_QUEUES, options
 
 SIZES = {1000.0: (KIB, 64 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB), 100.0: (KIB, 64 * KIB, MIB, 4 * MIB)}
 QUICK_SIZES = {1000.0: (64 * KIB, 4 * MIB), 100.0: (64 * KIB, MIB)}
@@ -43,25 +44,12 @@ CHUNK_BYTES = 256 * KIB
 COMPRESSIONS = ("none", "fp16", "bf16", "qsgd", "onebit", "topk", "randomk", "powersgd")
 COMPRESSED_BYTES = 16 * MIB
 
-_RING = ("--mca", "coll_tuned_use_dynamic_rules", "1", "--mca", "coll_tuned_allreduce_algorithm")
-# A message up to the eager limit goes at once, without asking the receiver first, which on a link that is full waits behind
-# everything in the queue. Small socket buffers keep that queue short.
-TCP_TUNED = (
-    "--mca", "btl_tcp_eager_limit", "525312", "--mca", "btl_tcp_rndv_eager_limit", "525312", "--mca", "btl_tcp_max_send_size", "525312",
-    "--mca", "btl_tcp_sndbuf", "131072", "--mca", "btl_tcp_rcvbuf", "131072",
-)  # fmt: skip
+TCP_TUNED = tuple(options({**EAGER, **SHORT_QUEUES}))
 METHODS: dict[str, tuple[str, ...]] = {
     "Gloo": (),
     "MPI as it comes": (),
-    "MPI ring": (*_RING, "4"),
-    "MPI ring in segments, TCP tuned": (
-        *_RING,
-        "5",
-        "--mca",
-        "coll_tuned_allreduce_algorithm_segmentsize",
-        "262144",
-        *TCP_TUNED,
-    ),
+    "MPI ring": tuple(options(RING)),
+    "MPI ring in segments, TCP tuned": (*options(SEGMENTED_RING), *TCP_TUNED),
 }
 TUNED = "MPI ring in segments, TCP tuned"
 PARTS = ("allreduce", "server", "compression")
@@ -99,11 +87,11 @@ def on_hosts(
     return found
 
 
-def mpi(made: Hosts, count: int, *options: str) -> list[str]:
+def mpi(made: Hosts, count: int, *more: str) -> list[str]:
     """``mpirun`` on the first ``count`` hosts; ranks wait by yielding, because the hosts share this machine's cores."""
     names = ["OMP_NUM_THREADS", *[name for name in ("PYTHONPATH", "LD_LIBRARY_PATH") if name in os.environ]]
     passed = [word for name in names for word in ("-x", name)]
-    return [*made.mpirun(hosts=range(count)), *passed, "--mca", "mpi_yield_when_idle", "1", *options]
+    return [*made.mpirun(hosts=range(count)), *passed, "--mca", "mpi_yield_when_idle", "1", *more]
 
 
 def measure_allreduce(

@@ -18,7 +18,7 @@ GOAL_FROM_BYTES, GOAL_HOSTS, GOAL_RATE = 4 * MIB, 4, 1000.0
 class Run:
     """One exchange measured: ``seconds`` a call by block, on the slowest rank."""
 
-    what: str  # allreduce, server or compression
+    what: str  # allreduce, server, compression or levels
     method: str
     hosts: int  # workers, one on each host
     servers: int  # on hosts of their own; 0: none, or one on every worker
@@ -106,9 +106,9 @@ def pick(runs: Iterable[Run], **wanted: Any) -> Run | None:
     return next((run for run in runs if all(getattr(run, name) == value for name, value in wanted.items())), None)
 
 
-def allreduce_table(runs: Sequence[Run], *, count: int, rate_mbit: float) -> str:
-    """Milliseconds by size and method; in brackets the multiple of the ring's bound."""
-    mine = [run for run in runs if run.what == "allreduce" and (run.hosts, run.rate_mbit) == (count, rate_mbit)]
+def allreduce_table(runs: Sequence[Run], *, count: int, rate_mbit: float, what: str = "allreduce") -> str:
+    """Milliseconds by size and method; in brackets the multiple of the bound of a ring with one rank a host."""
+    mine = [run for run in runs if run.what == what and (run.hosts, run.rate_mbit) == (count, rate_mbit)]
     columns = list(dict.fromkeys((run.method, run.compression) for run in mine))
     head = ["tensor", "bound, ms", *[method if kind == "none" else f"{method}, {kind}" for method, kind in columns]]
     rows = []

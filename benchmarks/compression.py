@@ -8,6 +8,7 @@ Accuracy: every method trains the same model from the same weights on the same b
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -20,17 +21,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import conclude, note, paired, parser, run_in_world, spread, table
+from benchmarks.common import conclude, note, paired, parser, run_in_world, table
 from horovod_jobs.errors import SetupError
 
-RANKS = 2
+RANKS, BATCH = 2, 64
 _HERE = "horovod_jobs.strategy.compression"
-# name -> what strategy.compression is. Default arguments but for the warm-up, which a short run would not leave.
+WARMED = "topk 1 %, warm-up of 2 epochs"
+# name -> what strategy.compression is. Default arguments but for the warm-up, whose four epochs a short run would not leave.
 METHODS: dict[str, Any] = {
     "none": "none",
     "fp16": "fp16",
     "bf16": "bf16",
     "topk 1 %": {"_target_": f"{_HERE}.topk.TopK", "warmup_epochs": 0},
+    WARMED: {"_target_": f"{_HERE}.topk.TopK", "warmup_epochs": 2},
     "topk 1 %, no masking": {"_target_": f"{_HERE}.topk.TopK", "warmup_epochs": 0, "momentum_masking": False},
     "randomk 10 %": "randomk",
     "onebit": "onebit",
@@ -38,6 +41,9 @@ METHODS: dict[str, Any] = {
     "qsgd 4 bits": "qsgd",
     "powersgd rank 2": "powersgd",
 }
+# After its warm-up a step is one of the row above it.
+TIMED = tuple(name for name in METHODS if name != WARMED)
+PARTS = ("steps", "accuracy")
 DATA: dict[str, dict[str, Any]] = {
     "digits": {"node": {"_target_": "horovod_jobs.data.digits.digits"}, "hidden": [128], "batch": 64, "epochs": 12},
     "fashion_mnist": {
@@ -91,7 +97,7 @@ def _steps(world: Any, spec: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(0)
     inputs, targets = torch.randn(spec["batch"], 784), torch.randint(10, (spec["batch"],))
     runs = {}
-    for name in METHODS:
+    for name in TIMED:
         layers = [nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10)]
         model = nn.Sequential(*layers)
         runs[name] = (model, _updater(name, model, world, rate=0.001, steps_per_epoch=1000)[1])
@@ -108,11 +114,11 @@ def _steps(world: Any, spec: dict[str, Any]) -> dict[str, Any]:
         mean = torch.tensor((time.perf_counter() - start) / steps, dtype=torch.float64)
         return float(world.allreduce(mean, name="bench.slowest", op="max"))
 
-    found: dict[str, Any] = {name: {"seconds": [], "left_bytes": 0} for name in METHODS}
-    for name in METHODS:
+    found: dict[str, Any] = {name: {"seconds": [], "left_bytes": 0} for name in TIMED}
+    for name in TIMED:
         block(name, 2)
     for number in range(spec["rounds"]):
-        for name in METHODS if number % 2 == 0 else reversed(METHODS):
+        for name in TIMED if number % 2 == 0 else reversed(TIMED):
             before = _left_bytes()
             found[name]["seconds"].append(block(name, spec["steps"]))
             found[name]["left_bytes"] += _left_bytes() - before
@@ -151,9 +157,9 @@ def _accuracy(world: Any, spec: dict[str, Any]) -> dict[str, list[float]]:
     test = data.test.fetch(torch.arange(len(data.test)))
     per_epoch = math.ceil(len(data.train) / work["batch"])
     total = per_epoch * spec["epochs"]
-    found: dict[str, list[float]] = {name: [] for name in METHODS}
+    found: dict[str, list[float]] = {name: [] for name in spec["methods"]}
     for seed in range(spec["seeds"]):
-        for name in METHODS:
+        for name in found:
             torch.manual_seed(seed)
             model = Mlp(num_classes=10, input_shape=tuple(data.input_shape), hidden=work["hidden"])
             optimizer, updater = _updater(name, model, world, rate=0.0, steps_per_epoch=per_epoch)
@@ -242,52 +248,72 @@ def main() -> None:
     args_parser.add_argument("--data", action="append", choices=list(DATA), help="train on these; digits without it")
     args_parser.add_argument("--seeds", type=int, default=3, help="training runs of each method")
     args_parser.add_argument("--lr", type=float, default=0.05, help="largest learning rate of the training runs")
+    args_parser.add_argument("--only", choices=PARTS, help="one part; both without it")
+    args_parser.add_argument(
+        "--method", action="append", choices=list(METHODS), help="train with these; all without it"
+    )
     args = args_parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
     quick = args.quick
-    spec = {"kind": "steps", "batch": 64, "rounds": 2 if quick else 9, "steps": 2 if quick else 5}
+    figures = {} if args.only == "accuracy" else measure_steps(args)
+    learnt = {}
+    for data in () if args.only == "steps" else args.data or ["digits"]:
+        seeds, epochs = (1, 1) if quick else (args.seeds, DATA[data]["epochs"])
+        learnt[data] = in_world({"kind": "accuracy", "data": data, "seeds": seeds, "epochs": epochs, "rate": args.lr,
+                                 "methods": args.method or list(METHODS)})  # fmt: skip
+    text = "\n\n".join(
+        [*([steps_text(figures, args)] if figures else []), *([accuracy_text(learnt, args)] if learnt else [])]
+    )
+    conclude("Gradient compression", text, figures={**figures, "accuracy": learnt}, args=args)
+
+
+def measure_steps(args: argparse.Namespace) -> dict[str, Any]:
+    """Time and bytes of a step by method, at full speed and at every rate."""
+    spec = {"kind": "steps", "batch": BATCH, "rounds": 2 if args.quick else 9, "steps": 2 if args.quick else 5}
     note("steps at full speed")
     figures: dict[str, Any] = {"full speed": in_world(spec)}
     for rate in args.rate:
         note(f"steps over {args.hosts} hosts at {rate:g} Mbit/s")
-        slow = {**spec, "rounds": 2 if quick else 3, "steps": 2 if quick else 3}
+        slow = {**spec, "rounds": 2 if args.quick else 3, "steps": 2 if args.quick else 3}
         figures[f"{rate:g} Mbit/s"] = on_links(slow, hosts_count=args.hosts, rate_mbit=rate)
-    timed = list(figures)
-    learnt = {}
-    for data in args.data or ["digits"]:
-        seeds, epochs = (1, 1) if quick else (args.seeds, DATA[data]["epochs"])
-        learnt[data] = in_world({"kind": "accuracy", "data": data, "seeds": seeds, "epochs": epochs, "rate": args.lr})
-    head = ["method", "bytes a step", "of none", *[f"{kind}, ms" for kind in timed], *[f"{data}, %" for data in learnt]]
+    return figures
+
+
+def steps_text(figures: dict[str, Any], args: argparse.Namespace) -> str:
+    """Tables of time and bytes."""
     whole = figures["full speed"]["none"]["sent_bytes"]
     rows = []
-    for name in METHODS:
+    for name in TIMED:
         sent = figures["full speed"][name]["sent_bytes"]
-        accuracies = [spread([100 * value for value in learnt[data][name]], digits=2) for data in learnt]
         rows.append(
-            [
-                name,
-                f"{sent:,.0f}",
-                f"1/{whole / sent:.1f}",
-                *[_column(figures[kind], name) for kind in timed],
-                *accuracies,
-            ]
+            [name, f"{sent:,.0f}", f"1/{whole / sent:.1f}", *[_column(found, name) for found in figures.values()]]
         )
-    text = table(head, rows)
-    for rate in args.rate:
-        kind = f"{rate:g} Mbit/s"
+    text = table(["method", "bytes a step", "of none", *[f"{kind}, ms" for kind in figures]], rows)
+    for kind in [kind for kind in figures if kind != "full speed"]:
         left = [[name, f"{row['ring_bytes']:,.0f}", f"{row['left_bytes']:,.0f}", f"{row['left_bytes'] / row['ring_bytes']:.3f}"]
                 for name, row in figures[kind].items()]  # fmt: skip
         text += f"\n\nBytes a step that left a host at {kind}:\n\n" + table(
             ["method", "counted", "the kernel's", "ratio"], left
         )
-    lengths = ", ".join(f"{data} {DATA[data]['epochs']} epochs" for data in learnt)
-    text += (
-        f"\n\nMLP 784-1024-1024-10, batch {spec['batch']} a rank, SGD with momentum, {RANKS} ranks with one thread each "
+    return (
+        f"{text}\n\nMLP 784-1024-1024-10, batch {BATCH} a rank, SGD with momentum, {RANKS} ranks with one thread each "
         f"({args.hosts} hosts where links are shaped): median step of the slower rank, and the median of its ratios to `none` in the "
-        f"same rounds. Accuracy on the test split, median (smallest..largest) of the seeds: an MLP, {lengths}, SGD with momentum 0.9, "
-        f"largest rate {args.lr:g}; all methods have the same settings."
+        "same rounds."
     )
-    conclude("Gradient compression", text, figures={**figures, "accuracy": learnt}, args=args)
+
+
+def accuracy_text(learnt: dict[str, Any], args: argparse.Namespace) -> str:
+    """Accuracy of every method on every data set, mean and range of the seeds."""
+    rows = []
+    for name in args.method or METHODS:
+        values = [[100 * value for value in found[name]] for found in learnt.values()]
+        rows.append([name, *[f"{statistics.mean(one):.2f} ({min(one):.2f}..{max(one):.2f})" for one in values]])
+    lengths = ", ".join(f"{data} {DATA[data]['epochs']} epochs" for data in learnt)
+    return (
+        f"{table(['method', *[f'{data}, %' for data in learnt]], rows)}\n\nAccuracy on the test split, mean (smallest..largest) of "
+        f"{1 if args.quick else args.seeds} seeds: an MLP, {lengths}, SGD with momentum 0.9, largest rate {args.lr:g}; all methods have "
+        "the same settings."
+    )
 
 
 if __name__ == "__main__":

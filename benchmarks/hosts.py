@@ -105,10 +105,11 @@ class Hosts:
     def mpirun(self, *, hosts: Sequence[int] | None = None, ranks_per_host: int = 1) -> list[str]:
         """``mpirun`` over these hosts by ssh, to be started on the first of them; options and the command follow.
 
-        Ranks talk by TCP on the hosts' own interface: shared memory would go round the shaped links.
+        Ranks of different hosts talk by TCP on the hosts' own interface. Shared memory is there where a host has several ranks.
         """
+        btl = "tcp,self" if ranks_per_host == 1 else "tcp,sm,self"
         return [*self._over("mpirun", hosts, ranks_per_host), "--map-by", "slot", "--bind-to", "none",
-                "--mca", "pml", "ob1", "--mca", "btl", "tcp,self", "--mca", "btl_tcp_if_include", self.interface,
+                "--mca", "pml", "ob1", "--mca", "btl", btl, "--mca", "btl_tcp_if_include", self.interface,
                 "--prtemca", "prte_if_include", self.interface, "--prtemca", "oob_tcp_if_include", self.interface]  # fmt: skip
 
     def horovodrun(self, *, hosts: Sequence[int] | None = None, ranks_per_host: int = 1) -> list[str]:

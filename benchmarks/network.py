@@ -1,7 +1,8 @@
-"""Exchanges over hosts with links of 1 Gbit/s and 100 Mbit/s against what the links allow: all-reduce, parameter server, compression.
+"""Exchanges over hosts with links of 1 Gbit/s and 100 Mbit/s against what the links allow: all-reduce, servers, compression, two levels.
 
 Hosts are network namespaces (``benchmarks/hosts.py``), one rank each. All-reduce is Horovod's, called as the package calls it; the
-parameter server is the traffic alone by plain MPI messages, and the package's strategy; compression is the package's strategy.
+parameter server is the traffic alone by plain MPI messages, and the package's strategy; compression is the package's strategy. Sums in
+two levels are compared with the flat ring with two ranks on each host.
 Bounds, for ``B`` bytes, ``N`` workers and a link of ``w`` bytes a second each way:
 
 - ring all-reduce: ``2 (N - 1) / N * B / w``: each link carries that much each way (Patarasuk & Yuan 2009);
@@ -36,6 +37,7 @@ from benchmarks._network_runs import (
 from benchmarks.common import conclude, note, parser, table
 from benchmarks.hosts import Hosts, hosts, why_not
 from horovod_jobs.errors import SetupError
+from horovod_jobs.launch.mpi import EAGER, RING, SEGMENTED_RING, SHORT_QUEUES, TWO_LINKS, options
 
 SIZES = {1000.0: (KIB, 64 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB), 100.0: (KIB, 64 * KIB, MIB, 4 * MIB)}
 QUICK_SIZES = {1000.0: (64 * KIB, 4 * MIB), 100.0: (64 * KIB, MIB)}
@@ -43,29 +45,16 @@ CHUNK_BYTES = 256 * KIB
 COMPRESSIONS = ("none", "fp16", "bf16", "qsgd", "onebit", "topk", "randomk", "powersgd")
 COMPRESSED_BYTES = 16 * MIB
 
-_RING = ("--mca", "coll_tuned_use_dynamic_rules", "1", "--mca", "coll_tuned_allreduce_algorithm")
-# A message up to the eager limit goes at once, without asking the receiver first, which on a link that is full waits behind
-# everything in the queue. Small socket buffers keep that queue short. With two connections to each host, acknowledgements of what comes
-# in need not wait behind what goes out: of two hosts, each is the other's neighbour on both sides.
-TCP_TUNED = (
-    "--mca", "btl_tcp_eager_limit", "525312", "--mca", "btl_tcp_rndv_eager_limit", "525312", "--mca", "btl_tcp_max_send_size", "525312",
-    "--mca", "btl_tcp_sndbuf", "131072", "--mca", "btl_tcp_rcvbuf", "131072", "--mca", "btl_tcp_links", "2",
-)  # fmt: skip
+TCP_TUNED = tuple(options({**EAGER, **SHORT_QUEUES, **TWO_LINKS}))
 METHODS: dict[str, tuple[str, ...]] = {
     "Gloo": (),
     "MPI as it comes": (),
-    "MPI ring": (*_RING, "4"),
-    "MPI ring in segments, TCP tuned": (
-        *_RING,
-        "5",
-        "--mca",
-        "coll_tuned_allreduce_algorithm_segmentsize",
-        "262144",
-        *TCP_TUNED,
-    ),
+    "MPI ring": tuple(options(RING)),
+    "MPI ring in segments, TCP tuned": (*options(SEGMENTED_RING), *TCP_TUNED),
 }
 TUNED = "MPI ring in segments, TCP tuned"
-PARTS = ("allreduce", "server", "compression")
+PARTS = ("allreduce", "server", "compression", "levels")
+RANKS_A_HOST = 2  # of the part levels
 
 
 def on_hosts(
@@ -100,11 +89,18 @@ def on_hosts(
     return found
 
 
-def mpi(made: Hosts, count: int, *options: str) -> list[str]:
+def mpi(made: Hosts, count: int, *more: str, ranks_per_host: int = 1) -> list[str]:
     """``mpirun`` on the first ``count`` hosts; ranks wait by yielding, because the hosts share this machine's cores."""
     names = ["OMP_NUM_THREADS", *[name for name in ("PYTHONPATH", "LD_LIBRARY_PATH") if name in os.environ]]
     passed = [word for name in names for word in ("-x", name)]
-    return [*made.mpirun(hosts=range(count)), *passed, "--mca", "mpi_yield_when_idle", "1", *options]
+    return [
+        *made.mpirun(hosts=range(count), ranks_per_host=ranks_per_host),
+        *passed,
+        "--mca",
+        "mpi_yield_when_idle",
+        "1",
+        *more,
+    ]
 
 
 def measure_allreduce(
@@ -175,6 +171,19 @@ def measure_compression(
     ]
 
 
+def measure_levels(made: Hosts, *, count: int, rate_mbit: float, sizes: Sequence[int], blocks: int) -> list[Run]:
+    """A step's exchange by the flat ring and in two levels, two ranks on each of ``count`` hosts."""
+    target = "horovod_jobs.strategy.allreduce.Allreduce"
+    methods = {"flat ring": False, "two levels": True}
+    nodes = [{"_target_": target, "tune": False, "hierarchical": value} for value in methods.values()]
+    spec = {"strategies": nodes, "sizes": list(sizes), "blocks": blocks}
+    launcher = mpi(made, count, *METHODS[TUNED], ranks_per_host=RANKS_A_HOST)
+    return [
+        Run("levels", list(methods)[row["strategy"]], count, 0, rate_mbit, row["bytes"], "none", tuple(row["seconds"]))
+        for row in on_hosts(made, "strategies", spec, launcher=launcher)
+    ]
+
+
 def measure_links(made: Hosts, *, count: int, seconds: float) -> float:
     """Bytes a second that TCP carries when every host sends to the next at the same time; the slowest link's."""
     started = []
@@ -202,7 +211,7 @@ class Session:
         self.text: list[str] = []
 
     def case(self, count: int, rate: float) -> None:
-        """All-reduce and parameter server on some hosts at one rate."""
+        """All-reduce, parameter server and two levels on some hosts at one rate."""
         made, blocks = self._made, self._blocks
         made.set_rate(rate)
         sizes = (QUICK_SIZES if self._quick else SIZES).get(rate, (64 * KIB, MIB, 4 * MIB))
@@ -223,6 +232,12 @@ class Session:
             self.runs += measure_server_strategy(
                 made, workers=count, servers=servers, rate_mbit=rate, sizes=sizes[1:], blocks=blocks
             )
+        if "levels" in self._parts:
+            note(f"{title}: {RANKS_A_HOST} ranks a host, flat and in two levels")
+            self.runs += measure_levels(made, count=count, rate_mbit=rate, sizes=sizes[1:], blocks=blocks)
+            shown = allreduce_table(self.runs, count=count, rate_mbit=rate, what="levels")
+            said = f"{RANKS_A_HOST} ranks on each of {title}: ms (multiple of the bound of one rank a host)"
+            self._add(f"A step's exchange, {said}", shown)
         if "allreduce" in self._parts:
             self._add(
                 f"All-reduce, {title}: ms (multiple of the bound)",
@@ -272,7 +287,7 @@ def main() -> None:
     counts, rates, parts = args.hosts or [2, 4], args.rate or [1000.0, 100.0], args.only or list(PARTS)
     with hosts(max(counts) + 2) as made:
         session = Session(made, quick=args.quick, parts=parts)
-        for count in counts if set(parts) & {"allreduce", "server"} else ():
+        for count in counts if set(parts) & {"allreduce", "server", "levels"} else ():
             for rate in rates:
                 session.case(count, rate)
         if "compression" in parts:

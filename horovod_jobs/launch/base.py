@@ -26,6 +26,13 @@ _MARKS = ("HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_", "HOROVOD_CROSS_", "H
           "OMPI_UNIVERSE_", "HOROVOD_CPU_OPERATIONS")  # fmt: skip
 
 
+def trains_with(config: Mapping[str, Any], target: str) -> bool:
+    """Whether a stage of a resolved config has a strategy of this ``_target_``."""
+    stages = [stage for stage in (config.get("stages") or {}).values() if stage.get("enabled", True)]
+    strategies = [stage.get("strategy") for stage in stages]
+    return any(isinstance(node, Mapping) and node.get("_target_") == target for node in strategies)
+
+
 @dataclass(frozen=True)
 class JobCommand:
     """The job that is to be started, as its ranks will be told."""
@@ -40,6 +47,11 @@ class JobCommand:
     def argv(self, python: str) -> list[str]:
         """The command of a rank under a Python."""
         return [python, "-m", "horovod_jobs", *self.arguments]
+
+    @property
+    def has_servers(self) -> bool:
+        """Whether a stage trains with a parameter server."""
+        return trains_with(self.config, "horovod_jobs.strategy.parameter_server.ParameterServer")
 
 
 @dataclass(frozen=True)

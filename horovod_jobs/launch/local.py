@@ -8,12 +8,9 @@ from collections.abc import Mapping, Sequence
 
 from horovod_jobs.config import LaunchConfig
 from horovod_jobs.errors import SetupError
+from horovod_jobs.launch import mpi
 from horovod_jobs.launch.base import Host, JobCommand, LaunchPlan, environment
 from horovod_jobs.launch.process import run_world
-
-# Measured (docs/training.md): a step of a small transformer takes 1.8x as long where idle ranks do not yield their core.
-TUNED_MPI = ("--mca", "mpi_yield_when_idle", "1", "--mca", "btl", "self,sm", "--mca", "pml", "ob1",
-              "--mca", "coll_tuned_use_dynamic_rules", "1", "--mca", "coll_tuned_allreduce_algorithm", "4")  # fmt: skip
 
 _HERE = "localhost"
 _KEEPALIVE_S = 3600.0  # No network lies between: a launcher that a person has suspended is not a host that was cut off.
@@ -53,7 +50,7 @@ def plan(
     if controller == "gloo":
         return LaunchPlan(list(command), env, controller, files={f"by {launch.np} ranks, which Gloo joins": ""})
     return LaunchPlan([str(host.mpirun), "-np", str(launch.np), "--bind-to", "none", "--map-by", "slot:OVERSUBSCRIBE",
-                       *TUNED_MPI, *survive, *command], env, controller)  # fmt: skip
+                       *mpi.options(mpi.LOCAL), *survive, *command], env, controller)  # fmt: skip
 
 
 def plan_job(launch: LaunchConfig, *, job: JobCommand, host: Host, environ: Mapping[str, str]) -> LaunchPlan:

@@ -44,6 +44,7 @@ class Adasum(Method):
     """
 
     name: ClassVar[str] = "adasum"
+    key, without = "strategy.op", "sum"
 
     def __init__(self) -> None:
         super().__init__(min_elements=0)

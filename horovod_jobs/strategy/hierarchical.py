@@ -40,6 +40,7 @@ class Hierarchical(Method):
     """
 
     name: ClassVar[str] = "hierarchical"
+    key, without = "strategy.hierarchical", "false"
     exact = True
 
     def __init__(self, *, hosts: Sequence[int] | None = None) -> None:

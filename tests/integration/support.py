@@ -84,6 +84,19 @@ def processes(mark: str) -> dict[int, str]:
     return found
 
 
+def ranks(mark: str) -> dict[int, int]:
+    """Rank -> process id, of the marked ranks that run now."""
+    found = {}
+    for pid, command in processes(mark).items():
+        if "horovod_jobs" not in command:
+            continue
+        variables = _environ(pid)
+        rank = variables.get("OMPI_COMM_WORLD_RANK") or variables.get("HOROVOD_RANK")
+        if rank is not None and "mpirun" not in command and "horovodrun" not in command and "/bin/sh" not in command:
+            found[int(rank)] = pid
+    return found
+
+
 def wait_for(look: Callable[[], T | None], *, what: str, timeout_s: float = LIMIT_S) -> T:
     """The first thing that ``look`` gives that is neither None nor False; asked again until the deadline."""
     deadline = time.monotonic() + timeout_s
@@ -133,20 +146,7 @@ class Running:
 
     def ranks(self) -> dict[int, int]:
         """Rank -> process id, of the ranks that run now."""
-        found = {}
-        for pid, command in processes(self.mark).items():
-            if "horovod_jobs" not in command:
-                continue
-            variables = _environ(pid)
-            rank = variables.get("OMPI_COMM_WORLD_RANK") or variables.get("HOROVOD_RANK")
-            if (
-                rank is not None
-                and "mpirun" not in command
-                and "horovodrun" not in command
-                and "/bin/sh" not in command
-            ):
-                found[int(rank)] = pid
-        return found
+        return ranks(self.mark)
 
     def nothing_left(self, *, timeout_s: float = 20.0) -> None:
         """Fail where a process of this job lives on."""

@@ -25,10 +25,10 @@ from tests.integration.support import (
 )
 
 # Epochs of 80 steps. With stale gradients the default learning rate now and then ruins a batch of 3.
-JOB = (*TINY, "strategy=parameter_server", "strategy.chunk_kb=2", "model.dropout=0", "fit.sync_batchnorm=false", "fit.epochs=3",
+WORK = (*TINY, "strategy=parameter_server", "strategy.chunk_kb=2", "model.dropout=0", "fit.sync_batchnorm=false", "fit.epochs=3",
        "fit.global_batch=3", "fit.checkpoint_every_steps=20",
-       "optimizer.lr=0.01", "launch=local")  # fmt: skip
-THREE_WORKERS = (*JOB, "launch.np=4")
+        "optimizer.lr=0.01")  # fmt: skip
+THREE_WORKERS = (*WORK, "launch=local", "launch.np=4")
 
 
 def at_checkpoint(running: Running) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from horovod_jobs.config import HostsConfig, LaunchConfig
 from horovod_jobs.errors import ConfigError, SetupError
+from horovod_jobs.launch import mpi
 from horovod_jobs.launch.base import Host, JobCommand, LaunchPlan, environment
 from horovod_jobs.launch.hosts.checks import Checked, check
 from horovod_jobs.launch.hosts.hub import Station, run_stations
@@ -21,9 +22,6 @@ from horovod_jobs.launch.in_rank import DIRECTORY_VARIABLE
 from horovod_jobs.launch.local import OUTLIVE_RANKS
 from horovod_jobs.launch.process import run_world
 
-# The one place for what MPI is told over hosts: yield an idle core, shared memory within a host, TCP between, the ring.
-TUNED_MPI = ("--mca", "mpi_yield_when_idle", "1", "--mca", "pml", "ob1", "--mca", "btl", "self,sm,tcp",
-              "--mca", "coll_tuned_use_dynamic_rules", "1", "--mca", "coll_tuned_allreduce_algorithm", "4")  # fmt: skip
 _LINE = re.compile(r"^(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)(?:\s*:\s*(?P<colon>\d+)|\s+slots\s*=\s*(?P<slots>\d+))?$")
 # What belongs to one host and must not follow the job to another.
 _OWN = ("HOSTNAME", "TMPDIR", "TERM", "SHELL", "USER", "LOGNAME", "HOME", "XDG_CACHE_HOME")
@@ -158,12 +156,13 @@ def plan_job(launch: LaunchConfig, *, job: JobCommand, host: Host, environ: Mapp
     command = job.argv(host.python)
     if controller == "gloo":
         return replace(base, argv=command, files={"on each host, by ssh": _shown(launch, base)})
-    mpirun = _mpirun(launch, base, mpirun=str(host.mpirun))
+    settings = mpi.over_hosts(hosts=len(hosts), servers=job.has_servers, own=launch.env)
+    mpirun = _mpirun(launch, base, mpirun=str(host.mpirun), settings=settings)
     survive = OUTLIVE_RANKS if job.outlives_ranks and host.has_ulfm else ()
     return replace(base, argv=[*mpirun, *survive, *command])
 
 
-def _mpirun(launch: LaunchConfig, base: HostsPlan, *, mpirun: str) -> list[str]:
+def _mpirun(launch: LaunchConfig, base: HostsPlan, *, mpirun: str, settings: Mapping[str, str]) -> list[str]:
     over = ",".join(f"{one.name}:{one.count}" for one in base.hosts)
     argv = [
         mpirun,
@@ -179,7 +178,7 @@ def _mpirun(launch: LaunchConfig, base: HostsPlan, *, mpirun: str) -> list[str]:
     # Only this host starts daemons: a daemon that starts further ones gets the agent cut off at its first "=".
     argv += ["--prtemca", "plm_ssh_agent", shlex.join(["ssh", *ssh_options(launch.hosts)]),
              "--prtemca", "plm_ssh_no_tree_spawn", "1"]  # fmt: skip
-    argv += TUNED_MPI
+    argv += mpi.options(settings)
     if launch.hosts.interface:
         argv += _networks([launch.hosts.interface])
     # A name without a value: mpirun sends the value to its daemons, and no command line shows it.

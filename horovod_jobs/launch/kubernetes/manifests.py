@@ -15,7 +15,7 @@ import yaml
 
 from horovod_jobs.config import KubernetesConfig, LaunchConfig
 from horovod_jobs.errors import ConfigError
-from horovod_jobs.launch.base import JobCommand
+from horovod_jobs.launch.base import JobCommand, trains_with
 
 Manifest = dict[str, Any]
 
@@ -49,10 +49,7 @@ def job_name(config: KubernetesConfig, *, job: JobCommand) -> str:
 
 def is_elastic(config: Mapping[str, Any]) -> bool:
     """Whether a stage of the resolved config trains in a world that may change."""
-    strategies = [
-        stage.get("strategy") for stage in (config.get("stages") or {}).values() if stage.get("enabled", True)
-    ]
-    return any(isinstance(node, Mapping) and node.get("_target_") == _ELASTIC for node in strategies)
+    return trains_with(config, _ELASTIC)
 
 
 def check(launch: LaunchConfig) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from horovod_jobs.config import LaunchConfig
 from horovod_jobs.errors import ConfigError
@@ -25,25 +24,23 @@ def manifests(launch: LaunchConfig, *, job: JobCommand, environ: Mapping[str, st
     name = k8s.job_name(config, job=job)
     env = pods.environment(launch, environ=environ)
     policy = [k8s.network_policy(name, config)] if config.network_policy else []
-    elastic = k8s.is_elastic(job.config)
-    made = mpi_job(launch, name=name, run=job.config["run"], env=env, elastic=elastic)
+    made = mpi_job(launch, name=name, job=job, env=env)
     return [k8s.config_map(name, job=job), *policy, made]
 
 
-def mpi_job(
-    launch: LaunchConfig, *, name: str, run: Mapping[str, Any], env: list[k8s.Manifest], elastic: bool = False
-) -> k8s.Manifest:
-    """The MPIJob alone. ``run``: the job's section of that name; ``env``: variables of every pod.
+def mpi_job(launch: LaunchConfig, *, name: str, job: JobCommand, env: list[k8s.Manifest]) -> k8s.Manifest:
+    """The MPIJob alone. ``env``: variables of every pod.
 
     An elastic job's launcher runs the driver, which starts ranks by ssh on the workers that the operator names as they come and go.
     """
     config = launch.kubernetes
+    run, elastic = job.config["run"], k8s.is_elastic(job.config)
     count = k8s.workers(launch)
     volumes, mounts = pods.worker_volumes(run, config, name=name)
     launcher = pods.container(
         "launcher",
         config,
-        args=pods.launcher_args(launch, run_id=run.get("id"), elastic=elastic),
+        args=pods.launcher_args(launch, run_id=run.get("id"), elastic=elastic, servers=job.has_servers),
         env=[*pods.launcher_environment(run, config, elastic=elastic), *env],
         cpu=config.launcher_cpu,
         memory=config.launcher_memory,

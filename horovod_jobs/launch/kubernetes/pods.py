@@ -12,7 +12,7 @@ from typing import Any
 
 from horovod_jobs.config import ElasticConfig, KubernetesConfig, LaunchConfig
 from horovod_jobs.errors import ConfigError
-from horovod_jobs.launch.hosts.plan import TUNED_MPI
+from horovod_jobs.launch import mpi
 from horovod_jobs.launch.kubernetes.manifests import JOB_LABEL, RESERVED, ROLE_LABEL, Manifest, quantity
 
 HOME = "/home/jobs"  # of the image's user; relative paths of a job are below it
@@ -25,10 +25,13 @@ ENTRY_POINT = "horovod-jobs-entrypoint"
 POD_VARIABLE = "HOROVOD_JOBS_POD"
 
 
-def launcher_args(launch: LaunchConfig, *, run_id: str | None, elastic: bool = False) -> list[str]:
+def launcher_args(
+    launch: LaunchConfig, *, run_id: str | None, elastic: bool = False, servers: bool = False
+) -> list[str]:
     """What the entry point of a launcher is told: wait for the workers and start the ranks over them, or the driver that does.
 
-    ``$(HOROVOD_JOBS_POD)`` is replaced by the kubelet: every attempt has a run directory of its own.
+    ``$(HOROVOD_JOBS_POD)`` is replaced by the kubelet: every attempt has a run directory of its own. ``servers``: a parameter
+    server takes part.
     """
     chosen = [] if run_id else [f"run.id=$({POD_VARIABLE})"]
     job = ["horovod-jobs", f"--config-dir={CONFIG}", "--config-name=job", *chosen]
@@ -43,9 +46,10 @@ def launcher_args(launch: LaunchConfig, *, run_id: str | None, elastic: bool = F
         }
         return ["launcher", *job, "launch=hosts", f"launch.np={launch.np}", f"launch.grace_s={launch.grace_s:g}",
                 *(f"launch.elastic.{key}={value}" for key, value in limits.items())]  # fmt: skip
+    settings = mpi.over_hosts(hosts=launch.np // launch.kubernetes.slots, servers=servers, own=launch.env)
     return ["launcher", "mpirun", "-np", str(launch.np), "--hostfile", "/etc/mpi/hostfile", "--bind-to", "none", "--map-by", "slot",
             # Without it Open MPI cuts host names at the first dot, and a pod does not resolve without its service.
-            "--prtemca", "prte_keep_fqdn_hostnames", "1", *TUNED_MPI, *job]  # fmt: skip
+            "--prtemca", "prte_keep_fqdn_hostnames", "1", *mpi.options(settings), *job]  # fmt: skip
 
 
 def environment(launch: LaunchConfig, *, environ: Mapping[str, str]) -> list[Manifest]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from horovod_jobs.config import LaunchConfig
 from horovod_jobs.errors import ConfigError
@@ -27,20 +26,19 @@ def manifests(launch: LaunchConfig, *, job: JobCommand, environ: Mapping[str, st
     name = k8s.job_name(config, job=job)
     env = pods.environment(launch, environ=environ)
     policy = [k8s.network_policy(name, config)] if config.network_policy else []
-    runtime = training_runtime(launch, name=name, run=job.config["run"], env=env)
+    runtime = training_runtime(launch, name=name, job=job, env=env)
     return [k8s.config_map(name, job=job), *policy, runtime, train_job(launch, name=name)]
 
 
-def training_runtime(
-    launch: LaunchConfig, *, name: str, run: Mapping[str, Any], env: list[k8s.Manifest]
-) -> k8s.Manifest:
+def training_runtime(launch: LaunchConfig, *, name: str, job: JobCommand, env: list[k8s.Manifest]) -> k8s.Manifest:
     """What every node of the job is: an MPI runtime with a launcher beside the nodes."""
     config = launch.kubernetes
+    run = job.config["run"]
     volumes, mounts = pods.worker_volumes(run, config, name=name)
     launcher = pods.container(
         _CONTAINER,
         config,
-        args=pods.launcher_args(launch, run_id=run.get("id")),
+        args=pods.launcher_args(launch, run_id=run.get("id"), servers=job.has_servers),
         env=[*pods.launcher_environment(run, config), *env],
         cpu=config.launcher_cpu,
         memory=config.launcher_memory,

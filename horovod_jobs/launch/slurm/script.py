@@ -11,14 +11,13 @@ from collections.abc import Mapping, Sequence
 from horovod_jobs.config import LaunchConfig
 from horovod_jobs.console import TERMINAL_VARIABLE
 from horovod_jobs.errors import ConfigError, SetupError
+from horovod_jobs.launch import mpi
 from horovod_jobs.launch.base import Host, JobCommand
-from horovod_jobs.launch.hosts.plan import TUNED_MPI
 from horovod_jobs.launch.in_rank import COMMAND_VARIABLE
 from horovod_jobs.launch.local import OUTLIVE_RANKS
 
 # What a node sets for itself; it must not come from the host that submits.
 _OWN = ("HOSTNAME", "TMPDIR", "TERM", "COLUMNS", TERMINAL_VARIABLE)
-_MPI_VARIABLES = tuple(f"OMPI_MCA_{key}" for key in TUNED_MPI[1::3])
 _TIME = re.compile(r"^(\d+|\d+:\d{2}|\d+:\d{2}:\d{2}|\d+-\d+(:\d{2}){0,2})$")
 _AGAIN = 75  # Interrupted: a checkpoint is written, the same command goes on
 
@@ -154,7 +153,7 @@ def _header(launch: LaunchConfig, *, name: str, names: Sequence[str], tasks: int
     return [*lines, *(f"#SBATCH {line}" for line in slurm.extra)]
 
 
-def _start_line(launch: LaunchConfig, *, host: Host, outlives_ranks: bool) -> str:
+def _start_line(launch: LaunchConfig, *, host: Host, settings: Mapping[str, str], outlives_ranks: bool) -> str:
     slurm = launch.slurm
     # Each rank leaves the mark that it was started, and then is the job.
     rank = f"""sh -c ': > "$0" && exec "$@"' "$mark" {shlex.quote(host.python)} -m horovod_jobs"""
@@ -169,7 +168,8 @@ def _start_line(launch: LaunchConfig, *, host: Host, outlives_ranks: bool) -> st
                 "--gpu-bind=none"
             )  # A rank takes the GPU of its local rank, and NCCL wants to see its neighbours'.
         return f'{shlex.join(words)} {rank} "${{arguments[@]}}"'
-    mpirun = [str(host.mpirun), "-np", str(launch.np), "--map-by", "slot", "--bind-to", "none", *TUNED_MPI]
+    mpirun = [str(host.mpirun), "-np", str(launch.np), "--map-by", "slot", "--bind-to", "none"]
+    mpirun += mpi.options(settings)
     mpirun += OUTLIVE_RANKS if outlives_ranks else ()
     return f'{shlex.join(mpirun)} {rank} "${{arguments[@]}}"'
 
@@ -182,7 +182,10 @@ def batch_text(
     Values of the environment are not in it, only names: Slurm passes the values.
     """
     first = jobs[0]
-    names = sorted(name for name in env if name not in _OWN and name not in (COMMAND_VARIABLE, *_MPI_VARIABLES))
+    servers = any(job.has_servers for job in jobs)
+    settings = mpi.over_hosts(hosts=launch.slurm.nodes, servers=servers, own=launch.env)
+    exported = mpi.variables(settings)
+    names = sorted(name for name in env if name not in _OWN and name not in (COMMAND_VARIABLE, *exported))
     logs = os.path.join(cwd, launch.slurm.logs)
     lines = [
         "#!/bin/bash",
@@ -191,7 +194,7 @@ def batch_text(
     lines += _header(launch, name=job_name(first.name), names=names, tasks=len(jobs), logs=logs)
     lines += ["", f"cd {shlex.quote(cwd)} || exit 6"]
     if launch.slurm.mpi == "pmix":
-        lines += [f"export {name}={value}" for name, value in zip(_MPI_VARIABLES, TUNED_MPI[2::3], strict=True)]
+        lines += [f"export {name}={value}" for name, value in exported.items()]
     lines += launch.slurm.setup
     if len(jobs) == 1:
         lines += ["job=$SLURM_JOB_ID", *_job_lines(first, indent="")]
@@ -202,7 +205,7 @@ def batch_text(
         lines += ['  *) echo "there is no job $SLURM_ARRAY_TASK_ID" >&2; exit 2 ;;', "esac"]
     lines += [f"mark={shlex.quote(os.path.join(logs, '.started-'))}$job"]
     body = _RUN % {
-        "start": _start_line(launch, host=host, outlives_ranks=first.outlives_ranks),
+        "start": _start_line(launch, host=host, settings=settings, outlives_ranks=first.outlives_ranks),
         "again": _AGAIN,
         "requeues": launch.slurm.requeues,
         "setup": SetupError.exit_code,

@@ -93,6 +93,10 @@ class Method(ABC):
     """
 
     name: ClassVar[str]
+    key: ClassVar[str] = "strategy.compression"
+    """The key that chooses it."""
+    without: ClassVar[str] = "none"
+    """The value of that key that leaves it out."""
     feedback: bool = False
     """Whether it keeps a residual in ``slot.own``."""
     exact: bool = False

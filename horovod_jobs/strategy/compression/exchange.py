@@ -65,8 +65,8 @@ class MethodExchange:
     def _ready(self, parameter: torch.nn.Parameter) -> None:
         if parameter.grad is not None and parameter.grad.is_sparse:
             raise ConfigError(
-                f"strategy.compression={self._method.name} takes dense gradients and this model has sparse ones; use "
-                "strategy.compression=none, or sparse=false in its embeddings"
+                f"{self._method.name} ({self._method.key}) takes dense gradients and this model has sparse ones; use "
+                f"{self._method.key}={self._method.without}, or sparse=false in its embeddings"
             )
         done = self._passes.get(parameter, 0) + 1
         self._passes[parameter] = done

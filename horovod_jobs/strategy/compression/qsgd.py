@@ -54,13 +54,21 @@ class Qsgd(GatherMethod):
         generator = wire.generator(slot, seed=self.seed, shared=False)
         rows = pad(values, (0, -values.numel() % self.bucket)).view(-1, self.bucket)
         sizes = rows.abs()
-        norms = sizes.amax(1) if self.norm == "max" else torch.linalg.vector_norm(rows, dim=1)
-        exact = sizes.mul_((self.levels / norms.clamp(min=torch.finfo(rows.dtype).tiny))[:, None])
+        norms = self._norms(sizes)
+        exact = sizes.mul_((self.levels / norms)[:, None])
         chance = torch.rand(exact.shape, generator=generator, device=exact.device, dtype=exact.dtype)
         # floor(x + u) is the level above with the probability of the fraction.
         level = exact.add_(chance).floor_().clamp_(0, self.levels).to(torch.uint8)
         codes = level | ((rows < 0).to(torch.uint8) << (self.bits - 1))
         return as_bytes(norms, pack(codes.view(-1)[: values.numel()], bits=self.bits))
+
+    def _norms(self, sizes: Tensor) -> Tensor:
+        """A norm for each row of magnitudes. What is sent is at least so large that a level is a normal number: no row is divided by 0."""
+        least = self.levels * torch.finfo(sizes.dtype).tiny
+        norms = sizes.amax(1).clamp(min=least)
+        if self.norm == "l2":  # Of scaled elements: squares of small ones would be 0, of large ones infinite.
+            norms = (norms * torch.linalg.vector_norm(sizes / norms[:, None], dim=1)).clamp(min=least)
+        return norms
 
     def decode(self, payload: Tensor, *, out: Tensor) -> None:
         numel = out.numel()

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -294,6 +294,30 @@ def test_qsgd_is_unbiased_and_only_uses_the_levels_beside(bits: int, norm: str) 
         total += got
     deviation = norms / levels * np.sqrt(part * (1 - part) / draws)
     assert (np.abs(total / draws - flat) <= 5 * deviation + 1e-5).all()
+
+
+@given(
+    power=st.integers(-45, 37),
+    base=st.lists(st.floats(-1, 1, width=32), min_size=8, max_size=8),
+    bits=st.sampled_from([2, 4, 8]),
+    norm=st.sampled_from(["max", "l2"]),
+)
+@settings(max_examples=100, deadline=None)
+@example(power=0, base=[0.0] * 8, bits=4, norm="max")
+@example(power=-39, base=[1.0, 0.5, -0.3, 0.0, 0.1, 0.2, 0.7, 0.9], bits=4, norm="max")
+@example(power=-30, base=[1.0, 0.5, -0.3, 0.0, 0.1, 0.2, 0.7, 0.9], bits=8, norm="l2")
+@example(power=37, base=[1.0, 0.5, -0.3, 0.0, 0.1, 0.2, 0.7, 0.9], bits=2, norm="l2")
+def test_qsgd_is_finite_and_unbiased_at_any_magnitude(power: int, base: list[float], bits: int, norm: str) -> None:
+    """The same bucket many times in one tensor, so that one step has many draws of it."""
+    draws, tiny, levels = 2000, float(torch.finfo(torch.float32).tiny), 2 ** (bits - 1) - 1
+    bucket = (torch.tensor(base, dtype=torch.float64) * 10.0**power).float()
+    got = Ranks(Qsgd(bits=bits, bucket=8, norm=norm), (draws, 8), ranks=1).step([bucket.expand(draws, 8).clone()])
+    assert bool(torch.isfinite(got).all())
+    exact = bucket.double()
+    size = float(exact.abs().max() if norm == "max" else exact.norm())
+    step = max(size / levels, tiny)
+    mean = got.view(draws, 8).double().mean(0)
+    assert ((mean - exact).abs() <= 6 * 0.5 * step / math.sqrt(draws) + 1e-6 * size).all()
 
 
 def test_qsgd_draws_differently_on_every_rank() -> None:

@@ -222,10 +222,21 @@ def test_dampening_has_no_place_in_momentum_correction() -> None:
     bind(model, sgd(model, dampening=0.1), Allreduce(compression=TopK(momentum_correction=False))).close()
 
 
-def test_sparse_gradients_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (
+            {"compression": "bf16"},
+            r"^bf16 \(strategy\.compression\) .*; use strategy\.compression=none, or sparse=false",
+        ),
+        ({"op": "adasum"}, r"^adasum \(strategy\.op\) takes dense gradients .*; use strategy\.op=sum, or"),
+        ({"hierarchical": True}, r"^hierarchical \(strategy\.hierarchical\) .*; use strategy\.hierarchical=false, or"),
+    ],
+)
+def test_sparse_gradients_are_refused(arguments: dict[str, Any], text: str) -> None:
     model = nn.EmbeddingBag(10, 4, sparse=True)
-    updater = bind(model, torch.optim.SGD(model.parameters(), lr=0.1), Allreduce(compression="bf16"))
-    with pytest.raises(ConfigError, match="dense gradients and this model has sparse ones"):
+    updater = bind(model, torch.optim.SGD(model.parameters(), lr=0.1), Allreduce(**arguments))
+    with pytest.raises(ConfigError, match=text):
         model(torch.tensor([[1, 2]])).sum().backward()
     updater.close()
 

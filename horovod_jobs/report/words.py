@@ -172,7 +172,7 @@ def bytes_note(data: ReportData) -> str:
     heavy = [row.label for row in known if (row.weights_bytes or 0) < (row.file_bytes or 0) / 2]
     if heavy:
         text += f" In {_and(heavy)} the graph outweighs the tensors."
-    small = next((row for row in known if row.format == "onnx"), None)
+    small = next((row for row in known if row.kind == "quantize"), None)
     sources = [row for row in known if small and row.format == "torch" and row.ref in small.lineage]
     large = max(sources, key=lambda row: small.lineage.index(row.ref)) if small and sources else None
     if small and large and small.weights_bytes and large.weights_bytes and small.file_bytes and large.file_bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ def pictures(
     labels_up_to: int | None = None,
     record_environment_in: str | None = None,
     wait_at_sample: tuple[int, str] | None = None,
+    clock_jumps_s: Sequence[float] = (),
 ) -> DataModule:
     """Noisy pictures of one blob a class, [1, side, side]; the other arguments make it wrong, or tell what a rank can see."""
     if record_environment_in is not None:
@@ -41,11 +43,14 @@ def pictures(
         inputs, targets = splits[0]
         inputs[not_finite] = torch.nan
         splits[0] = (inputs, targets)
+    train: Any
     train, validation, test = (TensorSplit(*split) for split in splits)
+    if wait_at_sample is not None:
+        train = WaitsForEver(train, sample=wait_at_sample[0], told=Path(wait_at_sample[1]))
+    if clock_jumps_s:
+        train = ClockJumps(train, seconds=clock_jumps_s[int(os.environ["OMPI_COMM_WORLD_RANK"])])
     return DataModule(
-        train=train
-        if wait_at_sample is None
-        else WaitsForEver(train, sample=wait_at_sample[0], told=Path(wait_at_sample[1])),
+        train=train,
         validation=validation,
         test=test,
         num_classes=classes,
@@ -61,6 +66,23 @@ def _split(*, samples: int, classes: int, side: int, seed: int) -> tuple[Tensor,
     targets = torch.randint(classes, (samples,), generator=generator)
     centres = torch.randn(classes, 1, side, side, generator=torch.Generator().manual_seed(99))
     return centres[targets] + torch.randn(samples, 1, side, side, generator=generator), targets
+
+
+class ClockJumps:
+    """A split at whose fortieth batch somebody sets this process's wall clock."""
+
+    def __init__(self, split: TensorSplit, *, seconds: float) -> None:
+        self._split, self._seconds, self._fetched = split, seconds, 0
+
+    def __len__(self) -> int:
+        return len(self._split)
+
+    def fetch(self, indices: Tensor) -> Batch:
+        self._fetched += 1
+        if self._fetched == 40:
+            real = time.time
+            time.time = lambda: real() + self._seconds
+        return self._split.fetch(indices)
 
 
 class WaitsForEver:

@@ -68,6 +68,16 @@ def test_a_rank_that_does_not_come_is_named_with_every_stack(
         assert events(tmp_path, run="one")[-1]["event"] == "job_end"
 
 
+def test_clocks_that_jump_end_nothing(tmp_path: Path, untouched: dict[str, str]) -> None:
+    jumps = "+data.clock_jumps_s=[7200,-7200]"
+    done = run(*LONG, *WORLD, *SOAK[1:], jumps, cwd=tmp_path)
+    assert done.code == 0, done.text
+    assert weights(tmp_path) == untouched
+    times = [entry["time"] for entry in events(tmp_path)]
+    assert max(times) - min(times) > 7000, "rank 0's clock has jumped in the middle of the run"
+    assert stage(manifest(tmp_path), "model")["seconds"] < 600
+
+
 def test_two_launchers_with_the_same_run_id(forks: Forks, tmp_path: Path) -> None:
     run_dir = tmp_path / "runs" / "one"
     run_dir.mkdir(parents=True)

@@ -57,7 +57,7 @@ STRATEGIES: dict[str, tuple[int, tuple[str, ...]]] = {
     "compression: QSGD, 4 bits": (2, ("strategy.compression=qsgd",)),
     "compression: PowerSGD, rank 2": (2, ("strategy.compression=powersgd",)),
 }
-REFERENCE = "all-reduce"
+REFERENCE, WORKERS = "all-reduce", 2
 PARTS = ("strategies", "stages")
 # Three members and two ranks: side by side two train at once, then the third on both.
 SIDE_BY_SIDE = {"one after the other": 1, "two side by side": 2}
@@ -92,7 +92,9 @@ def run(title: str, *, directory: Path, epochs: int, max_steps: int | None) -> d
     found: dict[str, float | None] = {
         name: None if metrics.get(name) is None else float(metrics[name]) for name in names
     }
-    return {**found, "bytes_sent": exchange.get("bytes_sent")}
+    # Servers count what all workers pushed.
+    pushed = exchange["bytes_pushed"] / WORKERS if "bytes_pushed" in exchange else None
+    return {**found, "bytes_sent": exchange.get("bytes_sent", pushed)}
 
 
 def measure_strategies(args: argparse.Namespace, *, directory: Path) -> tuple[str, dict[str, Any]]:
@@ -120,14 +122,14 @@ def measure_strategies(args: argparse.Namespace, *, directory: Path) -> tuple[st
         "/ all-reduce",
         "of it exchange, ms",
         "samples/s",
-        "MB sent by a rank",
+        "MB sent by a worker",
         "validation accuracy, %",
     ]
     text = (
         f"{table(head, rows)}\n\nMedian (smallest..largest) of {rounds} rounds of jobs, one after the other: "
         f"MLP 784-256-128-10 on Fashion-MNIST, global batch 128, {epochs} epochs, two workers with one thread each. Steps of a "
-        "strategy without lock step are those of one worker, which makes its own half of each global batch. MB: what rank 0 gave to "
-        "collectives or servers in the whole stage, where the strategy counts it."
+        "strategy without lock step are those of one worker, which makes its own half of each global batch. MB: what a worker "
+        "gave to collectives, or pushed to servers, in the whole stage."
     )
     return text, figures
 

@@ -164,6 +164,7 @@ class Driver:
             self.journal.note("start", member=member, host=slot.host, slot=slot.index, pid=process.pid)
 
     def _ticket(self, member: str, host: str) -> Ticket:
+        self.rendezvous.expect(member)
         return Ticket(member, self._key.hex(), self.address, self.rendezvous.port, host, self.interface, self.beat_s,
                       self.rules.lease_s, self.gloo_timeout_s, environment={"HOROVOD_CONTROLLER": "gloo"})  # fmt: skip
 

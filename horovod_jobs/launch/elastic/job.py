@@ -17,6 +17,7 @@ from horovod_jobs.config import ElasticConfig, LaunchConfig
 from horovod_jobs.console import TERMINAL_VARIABLE
 from horovod_jobs.errors import ConfigError, SetupError
 from horovod_jobs.launch.base import Host, JobCommand, LaunchPlan, environment
+from horovod_jobs.launch.elastic.describe import described
 from horovod_jobs.launch.elastic.discovery import Discovery, Fixed, discovery
 from horovod_jobs.launch.elastic.driver import Driver, Journal
 from horovod_jobs.launch.elastic.entries import Rules
@@ -99,6 +100,20 @@ def plan(launch: LaunchConfig, *, job: JobCommand, host: Host, environ: Mapping[
     return ElasticPlan(argv, env, "gloo", run_dir=Path(root) / run_id, roots=roots)
 
 
+def shown_as(launch: LaunchConfig, planned: ElasticPlan) -> ElasticPlan:
+    """The plan with what the driver will do, for a person. Discovery is not asked.
+
+    Raises:
+        ConfigError: hosts that cannot be read, or none.
+    """
+    fixed = launch.elastic.discovery is None
+    hosts = ({"localhost": launch.np} if launch.kind == "local" else _named(launch)) if fixed else {}
+    told = described(
+        launch, planned, rules=_rules(launch), hosts=hosts, own=socket.gethostname(), directory=str(Path.cwd())
+    )
+    return replace(planned, files=told)
+
+
 def start(launch: LaunchConfig, planned: ElasticPlan) -> int:
     """Run the driver. Gives the job's exit code.
 
@@ -178,7 +193,7 @@ def _screened(launch: LaunchConfig, planned: ElasticPlan, journal: Journal) -> S
         return look_at(wanted_of(launch, hosts, env=planned.env, python=planned.argv[0], roots=planned.roots))
 
     def fault(host: str, why: str) -> None:
-        told = f"host {host} is left out: {why}; it is looked at again every {AGAIN_S:g} s and joins when it can"
+        told = f"host {host} is left out: {why}; it is looked at again, every {AGAIN_S:g} s in the end, and joins when it can"
         journal.note("left_out", host=host, why=why, shown=told)
 
     fixed = launch.elastic.discovery is None

@@ -9,17 +9,18 @@ from collections.abc import Callable, Sequence
 
 from horovod_jobs.errors import SetupError
 from horovod_jobs.launch.elastic.discovery import Discovery
+from horovod_jobs.launch.elastic.spawn import HERE
 from horovod_jobs.launch.hosts.judging import Finding
 
-AGAIN_S = 15.0
-_LOCAL = ("localhost", "127.0.0.1")
+AGAIN_S = 16.0
+_SOON_S = 2.0  # A host that has only just started may be a moment late with its ssh.
 # Gloo's ranks connect by address: a host that does not know the others' names can still work with them.
 _UNNEEDED = ("name",)
 
 
 def name_for_others(host: str) -> str:
     """``localhost`` is another host for each of them."""
-    return socket.gethostname() if host in _LOCAL else host
+    return socket.gethostname() if host in HERE else host
 
 
 class Screened:
@@ -30,7 +31,7 @@ class Screened:
         look: what is found at hosts, of which the first is held to be as it should be (``checks.look_at``).
         fault: told a host that is left out, and why, whenever that is news.
         alone: nobody else will ever be named, so that a job with no host at all need not wait.
-        again_s: time between two looks at a host that is left out.
+        again_s: time between two looks at a host that is left out; the first ones follow each other sooner.
     """
 
     def __init__(
@@ -46,7 +47,9 @@ class Screened:
         self._found, self._look, self._fault, self._alone = found, look, fault, alone
         self._again_s, self._clock = again_s, clock
         self._good: list[str] = []
-        self._bad: dict[str, tuple[str, float]] = {}  # host -> its fault, and when to look again
+        self._bad: dict[
+            str, tuple[str, float, float]
+        ] = {}  # host -> its fault, when to look again, and after what pause
         self._silent: set[str] = set()  # good ones that did not answer the last look: no measure for others
         self._looking: threading.Thread | None = None
         self._began = False
@@ -62,7 +65,7 @@ class Screened:
         with self._lock:
             self._forget(hosts)
             now = self._clock()
-            due = [host for host in hosts if host not in self._good and self._bad.get(host, ("", now))[1] <= now]
+            due = [host for host in hosts if host not in self._good and self._bad.get(host, ("", now, 0))[1] <= now]
         if due and not self._began:
             self._examine(due)
             self._began = True
@@ -117,7 +120,8 @@ class Screened:
                     self._bad.pop(host, None)
 
     def _leave_out(self, host: str, why: str) -> None:
-        before = self._bad.get(host, ("", 0.0))[0]
-        self._bad[host] = (why, self._clock() + self._again_s)
+        before, _, pause_s = self._bad.get(host, ("", 0.0, 0.0))
+        pause_s = min(self._again_s, max(_SOON_S, 2 * pause_s))
+        self._bad[host] = (why, self._clock() + pause_s, pause_s)
         if why != before:
             self._fault(host, why)

@@ -32,7 +32,7 @@ from horovod_jobs.instantiate import instantiate, is_node
 from horovod_jobs.interrupt import StopRequest
 from horovod_jobs.job import Job, register_schema, resolve
 from horovod_jobs.launch import in_rank
-from horovod_jobs.launch.base import JobCommand
+from horovod_jobs.launch.base import JobCommand, meant
 from horovod_jobs.launch.starting import finish_sweep, start
 from horovod_jobs.storage import digest_of
 
@@ -115,11 +115,11 @@ def _job(cfg: DictConfig) -> None:
 
 def _job_command(job: Job) -> JobCommand:
     """What the ranks of this job are to run: everything that was typed, in a world that is there already."""
-    arguments = (*_config_arguments(), *HydraConfig.get().overrides.task, "launch=none")
+    arguments = (*_config_arguments(), *meant(HydraConfig.get().overrides.task), "launch=none")
     return JobCommand(
         job.config.name,
         arguments,
-        ("horovod-jobs", *sys.argv[1:]),
+        ("horovod-jobs", *meant(sys.argv[1:])),
         job.resolved,
         of_sweep=HydraConfig.get().mode == RunMode.MULTIRUN,
         outlives_ranks=_outlives_ranks(job),

@@ -80,24 +80,44 @@ class Guard:
         self._used: dict[str, tuple[int, set[int]]] = {}  # member -> all up to here are refused; used ones above
         self._lock = threading.Lock()
 
-    def check(self, header: str | None, *, method: str, path: str, body: bytes) -> Stamp | str:
-        """The sender's stamp, or why the request is refused."""
+    def expect(self, member: str) -> None:
+        """There is this sender; nobody else is listened to."""
+        with self._lock:
+            self._used.setdefault(member, (0, set()))
+
+    def glance(self, header: str | None) -> tuple[Stamp, str] | str:
+        """What a request says of itself and its signature, or why it is refused whatever its body. Nothing is proved yet."""
         if not header:
             return "it is not signed"
         parts = _REQUEST.fullmatch(header)
         if parts is None:
             return "its signature cannot be read"
         stamp = Stamp(parts[1], int(parts[2]))
+        with self._lock:
+            if stamp.member not in self._used:
+                return "it is of nobody in this job"
+            return (stamp, parts[3]) if self._is_new(stamp) else "it was sent before"
+
+    def check(self, header: str | None, *, method: str, path: str, body: bytes) -> Stamp | str:
+        """The sender's stamp, or why the request is refused."""
+        read = self.glance(header)
+        if isinstance(read, str):
+            return read
+        stamp, signature = read
         expected = _request_mac(self._key, stamp, method, path, body)
-        if not hmac.compare_digest(parts[3].encode(), expected.encode()):
+        if not hmac.compare_digest(signature.encode(), expected.encode()):
             return "its signature is wrong"
         return stamp if self._first_time(stamp) else "it was sent before"
 
+    def _is_new(self, stamp: Stamp) -> bool:
+        floor, used = self._used[stamp.member]
+        return stamp.number > floor and stamp.number not in used
+
     def _first_time(self, stamp: Stamp) -> bool:
         with self._lock:
-            floor, used = self._used.setdefault(stamp.member, (0, set()))
-            if stamp.number <= floor or stamp.number in used:
+            if not self._is_new(stamp):
                 return False
+            floor, used = self._used[stamp.member]
             used.add(stamp.number)
             if len(used) > _WINDOW:
                 floor = sorted(used)[len(used) // 2]

@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -76,6 +76,11 @@ class LaunchPlan:
     env: dict[str, str]
     controller: str
     files: dict[str, str] = field(default_factory=dict)  # name -> text: a batch script, a manifest
+
+
+def meant(words: Sequence[str]) -> tuple[str, ...]:
+    """What was typed, without the wish to see it first: a job that is shown is the job that would run."""
+    return tuple(word for word in words if word.lstrip("+~").partition("=")[0] != "launch.dry_run")
 
 
 def usable_cores() -> int:

@@ -68,7 +68,7 @@ def start(launch: LaunchConfig, *, job: JobCommand, elastic: bool = False) -> in
         prepared = driver.plan(launch, job=job, host=this_host(), environ=environ)
         if not launch.dry_run:
             return driver.start(launch, prepared)
-        print(shown(prepared))
+        print(shown(driver.shown_as(launch, prepared)))
         return 0
     if job.of_sweep and launch.kind == "slurm":
         _swept.append((launch, job))  # finish_sweep submits them together.

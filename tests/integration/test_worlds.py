@@ -184,6 +184,7 @@ def test_a_dry_run_prints_the_command_and_starts_nothing(forks: Forks, tmp_path:
     assert Path(words[0]).name in ("mpirun", "horovodrun")
     assert words[words.index("-np") + 1] == "4"
     assert "fit.epochs=3" in words
+    assert "dry_run" not in done.out, "what is shown is what would run"
     assert not (tmp_path / "runs").exists()
 
 

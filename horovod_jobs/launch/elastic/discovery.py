@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
+import tempfile
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 from horovod_jobs.errors import SetupError
 
 _LINE = re.compile(r"([A-Za-z0-9][A-Za-z0-9_.-]{0,252})(?:(?::|\s+slots\s*=\s*)([0-9]{1,5}))?")
+_LIMIT_BYTES = 1 << 20
 _OPERATOR_SCRIPT = "/etc/mpi/discover_hosts.sh"
 
 
@@ -68,19 +72,41 @@ class Script:
         self._path, self._slots, self._timeout_s = found, slots, timeout_s
 
     def find(self) -> dict[str, int]:
+        with (
+            tempfile.TemporaryFile() as out,
+            tempfile.TemporaryFile() as err,
+        ):  # Files: a child that stays behind holds nobody up.
+            code = self._run(out, err)
+            told, complaint = (_text(stream) for stream in (out, err))
+        if code:
+            said = (complaint.strip().splitlines() or ["it says nothing"])[-1][:200]
+            raise SetupError(f"launch.elastic.discovery={self._path} failed with code {code} ({said}); run it by hand")
+        return read_hosts(told, slots=self._slots)
+
+    def _run(self, out: IO[bytes], err: IO[bytes]) -> int:
         try:
-            done = subprocess.run([self._path], capture_output=True, text=True, timeout=self._timeout_s, check=False,
-                                  stdin=subprocess.DEVNULL)  # fmt: skip
-        except (OSError, subprocess.TimeoutExpired) as error:
+            process = subprocess.Popen(
+                [self._path], stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
+            )
+        except OSError as error:
             raise SetupError(
                 f"launch.elastic.discovery={self._path} did not answer ({error}); run it by hand"
             ) from error
-        if done.returncode:
-            said = (done.stderr.strip().splitlines() or ["it says nothing"])[-1][:200]
+        try:
+            return process.wait(timeout=self._timeout_s)
+        except subprocess.TimeoutExpired as error:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)  # With what it has started: it is asked again every few seconds.
+            process.wait()
             raise SetupError(
-                f"launch.elastic.discovery={self._path} failed with code {done.returncode} ({said}); run it by hand"
-            )
-        return read_hosts(done.stdout, slots=self._slots)
+                f"launch.elastic.discovery={self._path} did not answer within {self._timeout_s:g} s; run it by hand"
+            ) from error
+
+
+def _text(stream: IO[bytes]) -> str:
+    """What a program wrote, whatever it is."""
+    stream.seek(0)
+    return stream.read(_LIMIT_BYTES).decode(errors="replace")
 
 
 class HostFile:
@@ -91,7 +117,7 @@ class HostFile:
 
     def find(self) -> dict[str, int]:
         try:
-            return read_hosts(self._path.read_text(encoding="utf-8"), slots=self._slots)
+            return read_hosts(self._path.read_bytes().decode(errors="replace"), slots=self._slots)
         except OSError as error:
             raise SetupError(
                 f"launch.elastic.discovery={self._path} cannot be read ({error.strerror}); give a file of hosts"

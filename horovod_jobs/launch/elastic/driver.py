@@ -97,6 +97,7 @@ class Driver:
         self._deadline: float | None = None  # of a stop
         self._over = threading.Event()
         self._refusals = 0
+        self._blind = ""  # why discovery did not answer the last time
         self.rendezvous = Rendezvous(address, self._key, serve=self._serve, refused=self._refused)
 
     def run(self) -> int:
@@ -164,6 +165,7 @@ class Driver:
             self.journal.note("start", member=member, host=slot.host, slot=slot.index, pid=process.pid)
 
     def _ticket(self, member: str, host: str) -> Ticket:
+        self.rendezvous.expect(member)
         return Ticket(member, self._key.hex(), self.address, self.rendezvous.port, host, self.interface, self.beat_s,
                       self.rules.lease_s, self.gloo_timeout_s, environment={"HOROVOD_CONTROLLER": "gloo"})  # fmt: skip
 
@@ -192,25 +194,28 @@ class Driver:
                 self._changed.wait(_TICK_S)
 
     def _discover(self) -> None:
-        failing = ""
         while not self._over.wait(self.discovery_every_s):
-            try:
-                hosts = self.discovery.find()
-            except SetupError as error:
-                if str(error) != failing:
-                    self.journal.note("discovery", error=str(error), shown=f"{error}; the hosts known before are kept")
-                failing = str(error)
-                continue
-            failing = ""
-            with self._changed:
-                if hosts != self.roster.target:
-                    self.journal.note(
-                        "hosts",
-                        hosts=hosts,
-                        shown="hosts are now " + (", ".join(f"{h}:{n}" for h, n in hosts.items()) or "none"),
-                    )
-                    self.roster.discovered(hosts)
-                    self._changed.notify_all()
+            self._look()
+
+    def _look(self) -> None:
+        """Ask discovery once. What it cannot tell changes nothing, and is told once."""
+        try:
+            hosts = self.discovery.find()
+        except SetupError as error:
+            if str(error) != self._blind:
+                self.journal.note("discovery", error=str(error), shown=f"{error}; the hosts known before are kept")
+            self._blind = str(error)
+            return
+        self._blind = ""
+        with self._changed:
+            if hosts != self.roster.target:
+                self.journal.note(
+                    "hosts",
+                    hosts=hosts,
+                    shown="hosts are now " + (", ".join(f"{h}:{n}" for h, n in hosts.items()) or "none"),
+                )
+                self.roster.discovered(hosts)
+                self._changed.notify_all()
 
     # --- what members ask -------------------------------------------------------------------------------------------
     def _serve(self, member: str, path: str, values: dict[str, Any]) -> dict[str, Any] | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -16,10 +17,13 @@ from horovod_jobs.config import ElasticConfig, LaunchConfig
 from horovod_jobs.console import TERMINAL_VARIABLE
 from horovod_jobs.errors import ConfigError, SetupError
 from horovod_jobs.launch.base import Host, JobCommand, LaunchPlan, environment
+from horovod_jobs.launch.elastic.describe import described
 from horovod_jobs.launch.elastic.discovery import Discovery, Fixed, discovery
 from horovod_jobs.launch.elastic.driver import Driver, Journal
 from horovod_jobs.launch.elastic.entries import Rules
+from horovod_jobs.launch.elastic.screening import AGAIN_S, Screened
 from horovod_jobs.launch.elastic.spawn import LocalSpawner, MixedSpawner, Spawner, SshSpawner
+from horovod_jobs.launch.hosts.judging import Finding
 
 _LOOPBACK = "127.0.0.1"
 _UNBOUNDED = 4096
@@ -30,6 +34,7 @@ class ElasticPlan(LaunchPlan):
     """What a member runs, and where the run is written."""
 
     run_dir: Path = Path()
+    roots: tuple[str, ...] = ()  # absolute: directories that hosts must share
 
 
 def check(launch: LaunchConfig) -> None:
@@ -90,7 +95,23 @@ def plan(launch: LaunchConfig, *, job: JobCommand, host: Host, environ: Mapping[
     argv = [*job.argv(host.python), f"run.id='{run_id}'"]
     env = environment(replace(launch, np=max(1, launch.np)), host=host, environ=environ)
     env.pop(TERMINAL_VARIABLE, None)  # Bars of one world would stay on the screen beside those of the next.
-    return ElasticPlan(argv, env, "gloo", run_dir=Path(str(run.get("root", "runs"))) / run_id)
+    root, store = str(run.get("root", "runs")), str(run.get("store", "artifacts"))
+    roots = (os.path.abspath(root), os.path.abspath(store))
+    return ElasticPlan(argv, env, "gloo", run_dir=Path(root) / run_id, roots=roots)
+
+
+def shown_as(launch: LaunchConfig, planned: ElasticPlan) -> ElasticPlan:
+    """The plan with what the driver will do, for a person. Discovery is not asked.
+
+    Raises:
+        ConfigError: hosts that cannot be read, or none.
+    """
+    fixed = launch.elastic.discovery is None
+    hosts = ({"localhost": launch.np} if launch.kind == "local" else _named(launch)) if fixed else {}
+    told = described(
+        launch, planned, rules=_rules(launch), hosts=hosts, own=socket.gethostname(), directory=str(Path.cwd())
+    )
+    return replace(planned, files=told)
 
 
 def start(launch: LaunchConfig, planned: ElasticPlan) -> int:
@@ -101,8 +122,8 @@ def start(launch: LaunchConfig, planned: ElasticPlan) -> int:
         WorldError: too many ranks were lost, or too few are left.
     """
     elastic = launch.elastic
-    found, spawner, address, interface = _places(launch, planned)
     journal = Journal(planned.run_dir / "elastic.jsonl")
+    found, spawner, address, interface = _places(launch, planned, journal)
     driver = Driver(
         _rules(launch),
         discovery=found,
@@ -132,24 +153,52 @@ def _rules(launch: LaunchConfig) -> Rules:
     )
 
 
-def _places(launch: LaunchConfig, planned: LaunchPlan) -> tuple[Discovery, Spawner, str, str]:
+def _places(launch: LaunchConfig, planned: ElasticPlan, journal: Journal) -> tuple[Discovery, Spawner, str, str]:
     """Which hosts, how ranks start there, the address of the driver, and the ranks' interface; empty: the one that leads to the driver."""
     elastic = launch.elastic
     local = LocalSpawner(planned.argv, planned.env)
     if launch.kind == "local":
         found = Fixed({"localhost": launch.np}) if elastic.discovery is None else _discovery(elastic)
         return found, local, _LOOPBACK, loopback()
-    from horovod_jobs.launch.hosts.plan import named_hosts, ssh_options
+    from horovod_jobs.launch.hosts.plan import ssh_options
 
-    named = {one.name: one.count for one in named_hosts(launch.hosts)}
-    if not named and elastic.discovery is None:
-        raise ConfigError("launch=hosts names no hosts; add launch.hosts.list=[a:4,b:4], or launch.elastic.discovery")
-    found = _discovery(elastic) if elastic.discovery is not None else Fixed(named)
+    found = _screened(launch, planned, journal)
     own = socket.gethostname()
-    first = _first_host(Fixed(named) if named else found, own=own, within_s=elastic.start_s)
+    first = _first_host(found, own=own, within_s=elastic.start_s)
     address, _ = own_address(launch.hosts.interface, towards=first)
     ssh = SshSpawner(["ssh", *ssh_options(launch.hosts)], planned.argv, planned.env, str(Path.cwd()))
     return found, MixedSpawner(local, ssh, own=own), address, launch.hosts.interface or ""
+
+
+def _named(launch: LaunchConfig) -> dict[str, int]:
+    """Hosts of the config.
+
+    Raises:
+        ConfigError: there are none, and no discovery either.
+    """
+    from horovod_jobs.launch.hosts.plan import named_hosts
+
+    named = {one.name: one.count for one in named_hosts(launch.hosts)}
+    if not named and launch.elastic.discovery is None:
+        raise ConfigError("launch=hosts names no hosts; add launch.hosts.list=[a:4,b:4], or launch.elastic.discovery")
+    return named
+
+
+def _screened(launch: LaunchConfig, planned: ElasticPlan, journal: Journal) -> Screened:
+    """The hosts that there are, each looked at as by ``launch=hosts`` before ranks start there."""
+    from horovod_jobs.launch.hosts.checks import look_at
+    from horovod_jobs.launch.hosts.plan import wanted_of
+
+    def look(hosts: Sequence[str]) -> list[Finding]:
+        return look_at(wanted_of(launch, hosts, env=planned.env, python=planned.argv[0], roots=planned.roots))
+
+    def fault(host: str, why: str) -> None:
+        told = f"host {host} is left out: {why}; it is looked at again, every {AGAIN_S:g} s in the end, and joins when it can"
+        journal.note("left_out", host=host, why=why, shown=told)
+
+    fixed = launch.elastic.discovery is None
+    found = Fixed(_named(launch)) if fixed else _discovery(launch.elastic)
+    return Screened(found, look=look, fault=fault, alone=fixed)
 
 
 def _first_host(found: Discovery, *, own: str, within_s: float) -> str:
@@ -157,7 +206,9 @@ def _first_host(found: Discovery, *, own: str, within_s: float) -> str:
     deadline = time.monotonic() + within_s
     while not (hosts := found.find()):
         if time.monotonic() > deadline:
-            raise SetupError(f"launch.elastic.discovery has named no host for {within_s:g} s (start_s); run it by hand")
+            raise SetupError(
+                f"launch.elastic.discovery has named no host that can be used for {within_s:g} s (start_s); run it by hand"
+            )
         time.sleep(1.0)
     return next((host for host in hosts if host != own), own)
 

@@ -37,6 +37,7 @@ class Roster:
         self._broken_at: float | None = None  # when the generation that works, or worked last, was found to be broken
         self._died = False  # the process that was lost last has been seen to end
         self._settling = False  # its ranks have begun to stop, as agreed
+        self._finishing = False  # one of its ranks has done the job: the others are about to
         self._idle_since: float | None = now  # when the last member stopped working
         self._end: tuple[int, str] | None = None
         self._last_loss = ""
@@ -81,6 +82,7 @@ class Roster:
         if outcome == "stopped":
             self._leaves(entry, now)
         elif outcome == "done":
+            self._finishing = True
             if entry.place is not None and entry.place.rank == 0:
                 self._finish(0, "")
         elif _is_final(code):
@@ -167,6 +169,8 @@ class Roster:
                 actions.kill.append((entry.member, f"did not come back within return_s={rules.return_s:g} of a loss"))
 
     def _spawn(self, actions: Actions, now: float) -> None:
+        if self._finishing and any(entry.state is State.WORKING for entry in self.entries.values()):
+            return  # Who has done its part leaves a slot that needs nobody.
         taken = {entry.slot for entry in self.entries.values()}
         slots = self._slots()
         room = self.rules.max_np - sum(entry.slot in slots for entry in self.entries.values())
@@ -200,6 +204,7 @@ class Roster:
     def _assign(self, ready: list[Entry], now: float) -> None:
         self.generation += 1
         self._broken_at, self._idle_since, self._settling, self._died = None, None, False, False
+        self._finishing = False
         per_host: dict[str, list[Entry]] = {}
         for entry in ready:
             per_host.setdefault(entry.slot.host, []).append(entry)

@@ -16,10 +16,10 @@ from horovod_jobs.comm.member import VARIABLE, Ticket
 from horovod_jobs.errors import SetupError
 
 # What must be there when Python starts; the rest of the environment travels in the ticket.
-_EARLY = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
+EARLY = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
 # What belongs to one host and must not follow the job to another.
-_OWN = ("HOSTNAME", "TMPDIR", "TERM", "SHELL", "USER", "LOGNAME", "HOME", "XDG_CACHE_HOME", "OMP_NUM_THREADS")
-_LOCAL = ("localhost", "127.0.0.1")
+OWN = ("HOSTNAME", "TMPDIR", "TERM", "SHELL", "USER", "LOGNAME", "HOME", "XDG_CACHE_HOME", "OMP_NUM_THREADS")
+HERE = ("localhost", "127.0.0.1")
 
 
 class Spawner(Protocol):
@@ -83,14 +83,14 @@ class SshSpawner:
 
     def spawn(self, ticket: Ticket) -> Process:
         command = [*self.ssh, ticket.host, remote_command(self.argv, env=self.env, directory=self.directory)]
-        late = {name: value for name, value in self.env.items() if name not in (*_EARLY, *_OWN)}
+        late = {name: value for name, value in self.env.items() if name not in (*EARLY, *OWN)}
         # ssh itself runs in this process's own environment: it needs the agent.
         return Process(command, env=os.environ, ticket=replace(ticket, environment={**late, **ticket.environment}))
 
 
 def remote_command(argv: Sequence[str], *, env: Mapping[str, str], directory: str) -> str:
     """The shell line that a host runs. Nothing in it is secret: who is on that host can read it."""
-    early = [f"{name}={env[name]}" for name in _EARLY if name in env]
+    early = [f"{name}={env[name]}" for name in EARLY if name in env]
     return f"cd {shlex.quote(directory)} && exec env {shlex.join([*early, f'{VARIABLE}=stdin', *argv])}"
 
 
@@ -103,5 +103,5 @@ class MixedSpawner:
     own: str  # this host's name
 
     def spawn(self, ticket: Ticket) -> Process:
-        here = ticket.host in (*_LOCAL, self.own)
+        here = ticket.host in (*HERE, self.own)
         return self.local.spawn(ticket) if here else self.ssh.spawn(ticket)

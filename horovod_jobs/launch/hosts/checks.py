@@ -131,6 +131,27 @@ def check(wanted: Wanted) -> Checked:
         SetupError: a check failed. Nothing has been started.
     """
     here = local_names(wanted.hosts)
+    answers, sees_first = _ask(wanted, here)
+    findings = _judge(wanted, answers)
+    show(wanted.hosts, findings)
+    raise_if_bad(findings)
+    interfaces, networks = network_of(answers, named=wanted.interface)
+    return Checked(here, wanted.hosts[0] in here and sees_first, interfaces, networks)
+
+
+def look_at(wanted: Wanted) -> list[Finding]:
+    """Ask every host, and give what is found: for a job that goes on without those that cannot work."""
+    answers, _ = _ask(wanted, local_names(wanted.hosts))
+    return _judge(wanted, answers)
+
+
+def _judge(wanted: Wanted, answers: Mapping[str, Answer]) -> list[Finding]:
+    mine = {"versions": probe.versions(PACKAGES), "package": probe.package_digest(PACKAGE)}
+    return judge(wanted, answers, mine=mine)
+
+
+def _ask(wanted: Wanted, here: frozenset[str]) -> tuple[dict[str, Answer], bool]:
+    """What each host says, and whether this one sees what the first one writes."""
     mark = f".horovod-jobs-check-{uuid.uuid4().hex[:12]}"
     order = {"path": wanted.path, "cwd": os.getcwd(), "packages": PACKAGES, "package": PACKAGE, "directories": wanted.directories,
              "mark": mark, "timeout_s": _PEER_TIMEOUT_S}  # fmt: skip
@@ -151,13 +172,7 @@ def check(wanted: Wanted) -> Checked:
     finally:
         for talk in talks:
             talk.end()
-    answers = {talk.name: talk.answer for talk in talks}
-    mine = {"versions": probe.versions(PACKAGES), "package": probe.package_digest(PACKAGE)}
-    findings = judge(wanted, answers, mine=mine)
-    show(wanted.hosts, findings)
-    raise_if_bad(findings)
-    interfaces, networks = network_of(answers, named=wanted.interface)
-    return Checked(here, wanted.hosts[0] in here and sees_first, interfaces, networks)
+    return {talk.name: talk.answer for talk in talks}, sees_first
 
 
 def _all(talks: Sequence[_Talk], stage: str) -> None:

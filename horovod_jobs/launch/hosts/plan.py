@@ -205,6 +205,23 @@ def over(launch: LaunchConfig, planned: HostsPlan, *, networks: Sequence[str]) -
     return replace(planned, argv=[*planned.argv[:at], *_networks(networks), *planned.argv[at:]])
 
 
+def wanted_of(
+    launch: LaunchConfig, hosts: Sequence[str], *, env: Mapping[str, str], python: str, roots: Sequence[str]
+) -> Wanted:
+    """What hosts are held to. ``roots``: the directories that they must share."""
+    return Wanted(
+        hosts=tuple(hosts),
+        ssh=("ssh", *ssh_options(launch.hosts)),
+        python=python,
+        path=env.get("PYTHONPATH", ""),
+        directories=tuple(roots),
+        interface=launch.hosts.interface,
+        clock_limit_s=launch.hosts.clock_limit_s,
+        disk_free_mb=launch.hosts.disk_free_mb,
+        timeout_s=launch.hosts.connect_timeout_s + 20.0,
+    )
+
+
 def start(launch: LaunchConfig, planned: LaunchPlan) -> int:
     """Check every host, then run the world and wait for it. Gives the job's exit code.
 
@@ -213,17 +230,7 @@ def start(launch: LaunchConfig, planned: LaunchPlan) -> int:
     """
     assert isinstance(planned, HostsPlan)
     roots = tuple(os.path.abspath(path) for path in planned.directories)
-    wanted = Wanted(
-        hosts=tuple(one.name for one in planned.hosts),
-        ssh=("ssh", *ssh_options(launch.hosts)),
-        python=planned.python,
-        path=planned.env.get("PYTHONPATH", ""),
-        directories=roots,
-        interface=launch.hosts.interface,
-        clock_limit_s=launch.hosts.clock_limit_s,
-        disk_free_mb=launch.hosts.disk_free_mb,
-        timeout_s=launch.hosts.connect_timeout_s + 20.0,
-    )
+    wanted = wanted_of(launch, [one.name for one in planned.hosts], env=planned.env, python=planned.python, roots=roots)
     checked = check(wanted)
     if planned.controller == "gloo":
         stations = _stations(launch, planned, checked)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -51,6 +54,36 @@ def test_a_program_that_fails_or_hangs(tmp_path: Path) -> None:
         Script(script(tmp_path / "b", "sleep 10"), slots=1, timeout_s=0.1).find()
     with pytest.raises(SetupError, match="is not a program that can be run"):
         discovery(str(tmp_path / "none"), slots=1)
+
+
+def test_a_program_that_hangs_takes_along_what_it_has_started(tmp_path: Path) -> None:
+    asked = Script(script(tmp_path / "a", f"sleep 100 & echo $! > {tmp_path}/child; wait"), slots=1, timeout_s=1)
+    with pytest.raises(SetupError, match="did not answer within 1 s"):
+        asked.find()
+    state = Path(f"/proc/{(tmp_path / 'child').read_text().strip()}/stat")
+    deadline = time.monotonic() + 10
+    while state.exists() and " Z " not in state.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_child_that_stays_behind_holds_nobody_up(tmp_path: Path) -> None:
+    """As an ssh does that is kept open for the next time."""
+    path = tmp_path / "child"
+    assert Script(script(tmp_path / "a", f"sleep 100 & echo $! > {path}; echo a:2"), slots=1, timeout_s=9).find() == {
+        "a": 2
+    }
+    os.kill(int(path.read_text()), signal.SIGKILL)  # It is there still.
+
+
+def test_what_is_no_text_is_an_error_like_any_other(tmp_path: Path) -> None:
+    for found in (
+        Script(script(tmp_path / "a", r"printf '\377\376:1'"), slots=1),
+        HostFile(str(tmp_path / "hosts"), slots=1),
+    ):
+        (tmp_path / "hosts").write_bytes(b"\xff\xfe:1")
+        with pytest.raises(SetupError, match="print one host a line"):
+            found.find()
 
 
 def test_a_file_of_hosts(tmp_path: Path) -> None:

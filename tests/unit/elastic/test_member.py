@@ -88,6 +88,7 @@ def test_a_member_begins_anew_with_its_commits_and_numbers() -> None:
 
     served = Rendezvous("127.0.0.1", KEY, serve=serve, refused=lambda *told: asked.append(told))  # type: ignore[arg-type, func-returns-value]
     served.start()
+    served.expect("member-1")
     module = (
         "import os, sys\n"
         "from horovod_jobs.comm.member import Kept, take_ticket\n"

@@ -62,6 +62,8 @@ def ticket(port: int, *, key: bytes = KEY, member: str = "member-1") -> Ticket:
 def served() -> Iterator[Served]:
     made = Served()
     made.server.start()
+    made.server.expect("member-1")
+    made.server.expect("member-9")  # one that has been
     made.server.store.begin(4)
     yield made
     made.server.close()

@@ -12,6 +12,13 @@ KEY = bytes(range(32))
 WHOLE = {"method": "POST", "path": "/join", "body": b"{}"}
 
 
+def expecting(*members: str) -> Guard:
+    guard = Guard(KEY)
+    for member in members:
+        guard.expect(member)
+    return guard
+
+
 def test_keys_are_long_and_never_the_same() -> None:
     keys = {new_key() for _ in range(100)}
     assert len(keys) == 100
@@ -19,7 +26,7 @@ def test_keys_are_long_and_never_the_same() -> None:
 
 
 def test_a_request_is_taken_once() -> None:
-    guard, stamp = Guard(KEY), Stamp("member-1", 7)
+    guard, stamp = expecting("member-1"), Stamp("member-1", 7)
     header = sign_request(KEY, stamp, **WHOLE)  # type: ignore[arg-type]
     assert guard.check(header, **WHOLE) == stamp  # type: ignore[arg-type]
     assert guard.check(header, **WHOLE) == "it was sent before"  # type: ignore[arg-type]
@@ -32,14 +39,25 @@ def test_a_request_is_taken_once() -> None:
 )
 def test_what_was_altered_is_refused(change: dict[str, object]) -> None:
     header = sign_request(KEY, Stamp("member-1", 1), **WHOLE)  # type: ignore[arg-type]
-    assert Guard(KEY).check(header, **{**WHOLE, **change}) == "its signature is wrong"  # type: ignore[arg-type]
+    assert expecting("member-1").check(header, **{**WHOLE, **change}) == "its signature is wrong"  # type: ignore[arg-type]
 
 
 def test_another_key_another_sender_or_number_is_refused() -> None:
     made = sign_request(KEY, Stamp("member-1", 1), **WHOLE)  # type: ignore[arg-type]
     foreign = sign_request(new_key(), Stamp("member-1", 1), **WHOLE)  # type: ignore[arg-type]
     for header in (foreign, made.replace("member-1", "member-2"), made.replace(":1:", ":2:")):
-        assert Guard(KEY).check(header, **WHOLE) == "its signature is wrong"  # type: ignore[arg-type]
+        assert expecting("member-1", "member-2").check(header, **WHOLE) == "its signature is wrong"  # type: ignore[arg-type]
+
+
+def test_what_shows_at_a_glance_is_refused_without_the_body() -> None:
+    guard, header = expecting("member-1"), sign_request(KEY, Stamp("member-1", 1), **WHOLE)  # type: ignore[arg-type]
+    assert guard.glance(None) == "it is not signed"
+    assert guard.glance("member-1:x:y") == "its signature cannot be read"
+    assert guard.glance(header.replace("member-1", "member-2")) == "it is of nobody in this job"
+    assert guard.glance(header) == (Stamp("member-1", 1), header.rpartition(":")[2])
+    assert guard.glance(header) == guard.glance(header), "a glance uses nothing up"
+    guard.check(header, **WHOLE)  # type: ignore[arg-type]
+    assert guard.glance(header) == "it was sent before"
 
 
 @given(st.one_of(st.none(), st.text(max_size=200)))
@@ -55,7 +73,7 @@ def test_the_fields_cannot_be_moved_into_each_other() -> None:
 
 @given(st.permutations(range(1, 30)), st.integers(0, 40))
 def test_requests_that_overtake_each_other_are_all_taken_and_none_twice(order: list[int], repeated: int) -> None:
-    guard = Guard(KEY)
+    guard = expecting("m")
     for number in order:
         header = sign_request(KEY, Stamp("m", number), **WHOLE)  # type: ignore[arg-type]
         assert guard.check(header, **WHOLE) == Stamp("m", number)  # type: ignore[arg-type]
@@ -64,7 +82,7 @@ def test_requests_that_overtake_each_other_are_all_taken_and_none_twice(order: l
 
 
 def test_what_is_remembered_does_not_grow_and_what_is_forgotten_is_refused() -> None:
-    guard = Guard(KEY)
+    guard = expecting("m")
     for number in range(1, 9000):
         assert guard._first_time(Stamp("m", number))
     floor, used = guard._used["m"]

@@ -17,7 +17,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from horovod_jobs.app import conf_dir
-from horovod_jobs.config import KubernetesConfig, LaunchConfig
+from horovod_jobs.config import ElasticConfig, KubernetesConfig, LaunchConfig
 from horovod_jobs.errors import ConfigError
 from horovod_jobs.job import register_schema, resolve
 from horovod_jobs.launch.base import JobCommand
@@ -79,6 +79,19 @@ def test_the_manifests(kind: str) -> None:
 @pytest.mark.parametrize("kind", MODULES)
 def test_the_manifests_with_everything(kind: str) -> None:
     golden(f"{kind}_full.yaml", render(kind, FULL, env=["MY_TOKEN"]))
+
+
+def test_the_manifests_of_an_elastic_job() -> None:
+    """The launcher runs the driver: it reads the operator's discovery script, and starts ranks on the workers by ssh."""
+    launch = LaunchConfig(kind="mpijob", np=4, kubernetes=plain(), elastic=ElasticConfig(min_np=2, reset_limit=3))
+    config = {
+        "run": dict(job().config["run"]),
+        "stages": {"train": {"strategy": {"_target_": "horovod_jobs.strategy.elastic.Elastic"}}},
+    }
+    assert manifests.is_elastic(config)
+    command = JobCommand("main", (), ("horovod-jobs", "strategy=elastic"), config)
+    (text,) = mpijob.plan_job(launch, job=command, host=HOST, environ=ENVIRON).files.values()
+    golden("mpijob_elastic.yaml", text)
 
 
 # --- held to the schemas of those who read them ------------------------------------------------------------------------------
@@ -346,6 +359,7 @@ def test_the_dry_run_prints_what_kubectl_takes_and_the_config_in_it_is_the_jobs(
     )
     made = {entry["kind"]: entry for entry in yaml.safe_load_all(printed.stdout)}
     assert list(made) == ["ConfigMap", "NetworkPolicy", "MPIJob"]
+    assert "dry_run" not in printed.stdout, "what is shown is what would run"
     (tmp_path / "job.yaml").write_text(made["ConfigMap"]["data"]["job.yaml"])
 
     def composed(directory: str, name: str, overrides: list[str]) -> dict[str, Any]:

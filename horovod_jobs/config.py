@@ -39,7 +39,7 @@ class FitConfig:
     checkpoint_every_steps: int | None = None
     checkpoint_every_s: float | None = 60.0
     checkpoint_keep: int = 2  # the last so many, and the best
-    log_every_steps: int = 50  # scalars for the tracker and, without a terminal, lines on the console
+    log_every_steps: int = 50  # of the loss and the learning rate, for the tracker
 
 
 def effective_global_batch(fit: FitConfig, *, world_size: int) -> int:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 ASK_TIMEOUT_S = 90.0
-BUILD_HOROVOD = "launch/build_horovod.sh"
+BUILD_HOROVOD = f"PYTHON={sys.executable} launch/build_horovod.sh"
 DEBIAN_DATA = Path("/usr/share/datasets")
 RAPL = Path("/sys/class/powercap")
 
@@ -32,10 +32,6 @@ EXTRAS = (
     ("codecarbon", "codecarbon", "estimates energy and carbon", "pip install codecarbon"),
     ("mlflow", "mlflow-skinny", "tracker=mlflow", "pip install 'horovod-jobs[mlflow]'"),
     ("kubernetes", "kubernetes", "launch=mpijob, launch=trainjob", "pip install 'horovod-jobs[kubernetes]'"),
-    ("openvino", "openvino", "OpenVINO backend", "pip install openvino"),
-    ("nncf", "nncf", "OpenVINO's quantization", "pip install nncf"),
-    ("tensorrt", "tensorrt", "TensorRT backend, needs an NVIDIA GPU", "pip install tensorrt"),
-    ("executorch", "executorch", "ExecuTorch backend", "pip install executorch"),
 )
 
 _TORCH = """
@@ -220,7 +216,7 @@ def _data() -> list[Check]:
         ),
         Check("digits", True, f"scikit-learn {digits}")
         if digits
-        else Check("digits", False, "scikit-learn is not installed", "pip install scikit-learn"),
+        else Check("digits", False, "scikit-learn is not installed", "pip install 'horovod-jobs[digits]'"),
     ]
 
 

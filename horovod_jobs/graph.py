@@ -88,6 +88,8 @@ def check_external(node: Node, role: str, kind: str) -> None:
 
 
 def _a(noun: str) -> str:
+    """With its article; an artifact's kind that is no noun gets one."""
+    noun = f"{noun} model" if noun == "quantized" else noun
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 

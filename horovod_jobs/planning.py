@@ -13,6 +13,7 @@ from horovod_jobs.comm.world import World
 from horovod_jobs.config import (
     DistillStage,
     EvaluateStage,
+    FitConfig,
     QuantizeStage,
     TrainStage,
     effective_global_batch,
@@ -179,6 +180,7 @@ def _check_train(node: Node, stage: TrainStage, prepared: Prepared, world: World
             f"{where}.fit.drop_last=true leaves no batch of global_batch={global_batch} in {len(data.train)} training samples; "
             f"use drop_last=false, or a global_batch of at most {len(data.train)}"
         )
+    _check_validated(fit, where, has_split=data.validation is not None)
     for part in ("model", "optimizer", "schedule", "strategy"):
         if not is_node(getattr(stage, part)):
             group = "model@student" if part == "model" and isinstance(stage, DistillStage) else part
@@ -198,6 +200,24 @@ def _check_train(node: Node, stage: TrainStage, prepared: Prepared, world: World
                 f"{where}.distiller.cache=true keeps the teacher's outputs for the images as they are, and the data set augments "
                 f"them; set {where}.augment=false, or distiller.cache=false"
             )
+
+
+def _check_validated(fit: FitConfig, where: str, *, has_split: bool) -> None:
+    """What goes by the validation split needs one; early stopping needs to look at it while it trains."""
+    if not has_split and fit.publish == "best":
+        raise ConfigError(
+            f"{where}.fit.publish=best goes by the validation split, and the data set has none; give it one, or use fit.publish=last"
+        )
+    if fit.early_stop_epochs is not None and (not has_split or fit.validate_every_epochs == 0):
+        why = (
+            "fit.validate_every_epochs=0 looks at it after the last epoch only"
+            if has_split
+            else "the data set has none"
+        )
+        raise ConfigError(
+            f"{where}.fit.early_stop_epochs={fit.early_stop_epochs} goes by the validation split, and {why}; "
+            f"{'use 1, say' if has_split else 'give it one'}, or leave fit.early_stop_epochs out"
+        )
 
 
 def plan(job: Job, world: World, store: ArtifactStore, prepared: Prepared) -> list[Planned]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Mapping
 
 from horovod_jobs.comm.roles import Roles, check_enough, divide
@@ -15,7 +16,9 @@ _GLOO_MARK = "HOROVOD_GLOO_RENDEZVOUS_ADDR"
 GLOO_REMEDY = (
     "strategy=parameter_server needs MPI, and these ranks are joined by Gloo; use launch.controller=mpi, or mpirun"
 )
-BUILD_REMEDY = "build it with launch/build_horovod.sh (launch/install.sh does this), or start one process"
+BUILD_REMEDY = (
+    f"build it with PYTHON={sys.executable} launch/build_horovod.sh (launch/install.sh does this), or start one process"
+)
 
 
 def launched_by(environ: Mapping[str, str] = os.environ) -> str:

@@ -32,7 +32,7 @@ def digits(
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
         raise SetupError(
-            "data=digits needs scikit-learn, which carries the pictures; run: pip install scikit-learn"
+            "data=digits needs scikit-learn, which carries the pictures; run: pip install 'horovod-jobs[digits]'"
         ) from error
     pixels, labels = load_digits(return_X_y=True)
     inputs = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8)

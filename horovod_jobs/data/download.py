@@ -91,7 +91,13 @@ def _read(response: http.client.HTTPResponse, address: str) -> bytes:
 
 
 def _failed(address: str, error: Exception) -> DataError:
-    return DataError(f"{address} could not be downloaded ({getattr(error, 'reason', error)})")
+    # A launcher hands on no proxy, whose address may hold a password, unless it is told to.
+    hint = (
+        ""
+        if urllib.request.getproxies()
+        else "; behind a proxy name its variable, launch.env=[https_proxy], for ranks to see it"
+    )
+    return DataError(f"{address} could not be downloaded ({getattr(error, 'reason', error)}){hint}")
 
 
 @contextmanager

@@ -31,6 +31,7 @@ def pictures(
     record_environment_in: str | None = None,
     wait_at_sample: tuple[int, str] | None = None,
     clock_jumps_s: Sequence[float] = (),
+    without_validation: bool = False,
 ) -> DataModule:
     """Noisy pictures of one blob a class, [1, side, side]; the other arguments make it wrong, or tell what a rank can see."""
     if record_environment_in is not None:
@@ -51,7 +52,7 @@ def pictures(
         train = ClockJumps(train, seconds=clock_jumps_s[int(os.environ["OMPI_COMM_WORLD_RANK"])])
     return DataModule(
         train=train,
-        validation=validation,
+        validation=None if without_validation else validation,
         test=test,
         num_classes=classes,
         class_names=tuple(names) or tuple(f"class {number}" for number in range(classes)),

@@ -39,5 +39,5 @@ def test_bad_settings():
 
 def test_without_scikit_learn(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(SetupError, match="pip install scikit-learn"):
+    with pytest.raises(SetupError, match=r"pip install 'horovod-jobs\[digits\]'"):
         digits()

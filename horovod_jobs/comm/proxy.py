@@ -9,10 +9,10 @@ from __future__ import annotations
 import hmac
 import secrets
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, cast
+from typing import cast
 
 from horovod_jobs.comm.member import Client, Place
+from horovod_jobs.comm.strangers import WaryHandler, WaryServer
 
 _LIMIT_BYTES = 1 << 20
 _RANK_AND_SIZE = "rank_and_size"  # what Horovod asks when it starts again (HOROVOD_ELASTIC=1)
@@ -42,12 +42,16 @@ class StoreProxy:
         self._server.shutdown()
         self._server.server_close()
 
+    def knows(self, path: str) -> bool:
+        """Whether a request is of this process."""
+        head = path.lstrip("/").partition("/")[0]
+        return hmac.compare_digest(head.encode(), f"{self.secret}:0".encode())
+
     def answer(self, method: str, path: str, body: bytes) -> tuple[int, bytes]:
         """Status and body for a request of this process."""
-        head, _, rest = path.lstrip("/").partition("/")
-        if not hmac.compare_digest(head.encode(), f"{self.secret}:0".encode()) or self.place is None:
+        place, rest = self.place, path.lstrip("/").partition("/")[2]
+        if place is None or not self.knows(path):
             return 403, b""
-        place = self.place
         if rest.startswith(f"{_RANK_AND_SIZE}/"):
             numbers = (place.rank, place.size, place.local_rank, place.local_size, place.cross_rank, place.cross_size)
             return 200, ",".join(map(str, numbers)).encode()
@@ -57,30 +61,20 @@ class StoreProxy:
             return 502, b""
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 64
+class _Server(WaryServer):
     proxy: StoreProxy
 
 
-class _Handler(BaseHTTPRequestHandler):
-    timeout = 10.0
-
+class _Handler(WaryHandler):
     def _pass_on(self) -> None:
-        length = self.headers.get("Content-Length", "0")
-        if not length.isdigit() or int(length) > _LIMIT_BYTES:
-            self._send(413, b"")
+        server = cast(_Server, self.server)
+        if not server.proxy.knows(self.path):
+            self.refuse(403, "it is not of this process")
             return
-        body = self.rfile.read(int(length))
-        self._send(*cast(_Server, self.server).proxy.answer(self.command, self.path, body))
-
-    def _send(self, status: int, body: bytes) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+        if (length := self.length(at_most=_LIMIT_BYTES)) is None:
+            return
+        body = self.reader.read(length)
+        server.strangers.leave(self.connection)
+        self.send(*server.proxy.answer(self.command, self.path, body))
 
     do_GET = do_PUT = do_DELETE = _pass_on  # noqa: N815
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: the path holds the secret."""

@@ -8,21 +8,16 @@ A request must be whole within two seconds. What cannot be a member's by its fir
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
-import socket
 import threading
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, cast
 
 from horovod_jobs.comm.signing import HEADER, Guard, sign_answer
-from horovod_jobs.launch.elastic.strangers import Reader, Strangers, TooMuch
+from horovod_jobs.comm.strangers import WaryHandler, WaryServer
 
 _BODY_BYTES = 64 * 1024
-_HEAD_BYTES = 8 * 1024
-_WHOLE_S = 2.0  # for a request, from the first byte to the last
 _STORE = re.compile(r"/store/([0-9]{1,9})/([A-Za-z0-9_.-]{1,255})/([A-Za-z0-9_.:-]{1,64})")
 Answer = tuple[int, bytes]
 
@@ -130,92 +125,33 @@ class Rendezvous:
         )
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 512
-    allow_reuse_address = False
+class _Server(WaryServer):
     rendezvous: Rendezvous
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.strangers = Strangers()
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        crowded = self.strangers.enter(request, client_address[0])
-        if crowded is not None:
-            self.rendezvous.refused(
-                crowded, "request refused: too many others are open that have not shown who they are"
-            )
-        super().process_request(request, client_address)
-
-    def shutdown_request(self, request: Any) -> None:
-        self.strangers.leave(request)
-        super().shutdown_request(request)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A peer that hangs up in the middle is no news."""
+    def cut_off(self, address: str) -> None:
+        self.rendezvous.refused(address, "request refused: too many others are open that have not shown who they are")
 
 
-class _Handler(BaseHTTPRequestHandler):
-    server_version, sys_version = "horovod-jobs", ""
-
-    def setup(self) -> None:
-        super().setup()
-        self.rfile.close()
-        self._reader = Reader(self.connection, within_s=_WHOLE_S, head_bytes=_HEAD_BYTES)
-        self.rfile = cast(Any, self._reader)
-
-    def handle_one_request(self) -> None:
-        try:
-            super().handle_one_request()
-        except TooMuch:
-            self.command, self.request_version = "request", ""
-            self.requestline = ""
-            self._refuse(431, f"its first lines have more than {_HEAD_BYTES} bytes")
-
+class _Handler(WaryHandler):
     def _take(self) -> None:
-        rendezvous, header = cast(_Server, self.server).rendezvous, self.headers.get(HEADER)
-        length = self.headers.get("Content-Length", "0")
-        if not (length.isascii() and length.isdigit()) or len(length) > 9 or int(length) > _BODY_BYTES:
-            self._refuse(413, f"its body has {length[:20]!r} bytes")
+        server, header = cast(_Server, self.server), self.headers.get(HEADER)
+        rendezvous = server.rendezvous
+        if (length := self.length(at_most=_BODY_BYTES)) is None:
             return
         early = rendezvous.guard.glance(header)
         if isinstance(early, str):
-            self._refuse(403, early)
+            self.refuse(403, early)
             return
-        body = self._reader.read(int(length))
+        body = self.reader.read(length)
         stamp = rendezvous.guard.check(header, method=self.command, path=self.path, body=body)
         if isinstance(stamp, str):
-            self._refuse(403, stamp)
+            self.refuse(403, stamp)
             return
-        cast(_Server, self.server).strangers.leave(self.connection)
+        server.strangers.leave(self.connection)
         status, told = rendezvous.answer(stamp.member, self.command, self.path, body)
-        self._send(status, told, sign_answer(rendezvous.key, stamp, status=status, body=told))
+        self.send(status, told, **{HEADER: sign_answer(rendezvous.key, stamp, status=status, body=told)})
 
-    def _refuse(self, status: int, why: str) -> None:
-        self._note(f"{self.command} refused: {why}")
-        self._send(status, b"", "")
-        self.close_connection = True
-        with contextlib.suppress(OSError):
-            self.connection.shutdown(socket.SHUT_WR)
-        self._reader.pass_over(_BODY_BYTES)
-
-    def _note(self, text: str) -> None:
+    def note(self, text: str) -> None:
         cast(_Server, self.server).rendezvous.refused(self.client_address[0], text)
 
-    def _send(self, status: int, body: bytes, signature: str) -> None:
-        self.connection.settimeout(_WHOLE_S)  # for all of the answer
-        self.send_response(status)
-        self.send_header(HEADER, signature)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
     do_GET = do_PUT = do_DELETE = do_POST = _take  # noqa: N815
-
-    def log_error(self, format: str, *args: Any) -> None:
-        if args and isinstance(args[0], TimeoutError):  # http.server's word for a request that was not whole in time
-            self._note(f"request refused: it was not whole within {_WHOLE_S:g} s")
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """What matters is told by ``refused``."""

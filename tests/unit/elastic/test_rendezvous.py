@@ -244,6 +244,14 @@ def test_nobody_else_on_this_host_gets_through_the_proxy(served: Served) -> None
     assert served.server.store._values == {}
 
 
+def test_the_proxy_does_not_wait_for_the_body_of_a_stranger(served: Served) -> None:
+    with proxy(served) as made:
+        address, port = made._server.server_address[:2]
+        with socket.create_connection((str(address), port), timeout=5) as peer:
+            peer.sendall(b"PUT /guess:0/global_/1 HTTP/1.1\r\nContent-Length: 10\r\n\r\n")
+            assert b" 403 " in peer.recv(200)
+
+
 def test_a_driver_that_is_gone_is_an_error_for_horovod(served: Served) -> None:
     with proxy(served) as made:
         served.server._server.socket.close()

@@ -12,9 +12,8 @@ import pytest
 
 from horovod_jobs.comm.member import Client
 from horovod_jobs.comm.signing import HEADER, Stamp, sign_request
-from horovod_jobs.launch.elastic import rendezvous as module
+from horovod_jobs.comm.strangers import Reader, Strangers, TooMuch, WaryHandler
 from horovod_jobs.launch.elastic.rendezvous import Rendezvous
-from horovod_jobs.launch.elastic.strangers import Reader, Strangers, TooMuch
 from tests.unit.elastic.test_rendezvous import KEY, Served, ticket
 
 LEASE_S = 5.0  # a third of the default
@@ -120,7 +119,7 @@ def test_a_long_head_is_not_read_on(served: Served) -> None:
 def test_a_slow_sender_has_one_time_limit_and_not_one_for_each_byte(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_WHOLE_S", 0.3)
+    monkeypatch.setattr(WaryHandler, "whole_s", 0.3)
     with dial(served) as peer:
         peer.sendall(head(forged(), length=60000))
         begun = time.monotonic()
@@ -136,7 +135,7 @@ def test_a_slow_sender_has_one_time_limit_and_not_one_for_each_byte(
 
 def test_a_member_s_question_may_be_held_for_longer_than_a_request_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
     """And it is not the one that is cut off for newcomers: it has shown who it is."""
-    monkeypatch.setattr(module, "_WHOLE_S", 0.2)
+    monkeypatch.setattr(WaryHandler, "whole_s", 0.2)
     asked, go_on = threading.Event(), threading.Event()
 
     def serve(member: str, path: str, values: dict[str, object]) -> dict[str, object]:

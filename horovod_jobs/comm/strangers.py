@@ -11,9 +11,13 @@ import socket
 import threading
 import time
 from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, cast
 
 PER_ADDRESS = 128
 TOTAL = 512
+HEAD_BYTES = 8 * 1024
+WHOLE_S = 2.0  # for a request, from the first byte to the last
 
 
 class TooMuch(Exception):  # noqa: N818
@@ -111,3 +115,88 @@ class Reader:
     def close(self) -> None:
         """The socket is closed by its server."""
         self.closed = True
+
+
+class WaryServer(ThreadingHTTPServer):
+    """A server that strangers cannot hold up. Its handlers say with ``strangers.leave`` who has shown who it is."""
+
+    daemon_threads = True
+    request_queue_size = 512
+    allow_reuse_address = False
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.strangers = Strangers()
+
+    def cut_off(self, address: str) -> None:
+        """Told the address whose oldest connection had to go."""
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        crowded = self.strangers.enter(request, client_address[0])
+        if crowded is not None:
+            self.cut_off(crowded)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        self.strangers.leave(request)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A peer that hangs up in the middle is no news."""
+
+
+class WaryHandler(BaseHTTPRequestHandler):
+    """Reads a request within ``whole_s``."""
+
+    server_version, sys_version = "horovod-jobs", ""
+    whole_s = WHOLE_S
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile.close()
+        self.reader = Reader(self.connection, within_s=self.whole_s, head_bytes=HEAD_BYTES)
+        self.rfile = cast(Any, self.reader)
+
+    def handle_one_request(self) -> None:
+        try:
+            super().handle_one_request()
+        except TooMuch:
+            self.command, self.requestline, self.request_version = "request", "", ""
+            self.refuse(431, f"its first lines have more than {HEAD_BYTES} bytes")
+
+    def length(self, *, at_most: int) -> int | None:
+        """Of the body that is announced; None where it is no number, or too many bytes. That is answered with 413."""
+        length = self.headers.get("Content-Length", "0")
+        if (length.isascii() and length.isdigit()) and len(length) <= 9 and int(length) <= at_most:
+            return int(length)
+        self.refuse(413, f"its body has {length[:20]!r} bytes")
+        return None
+
+    def refuse(self, status: int, why: str) -> None:
+        """Answer with a status alone, and end the connection."""
+        self.note(f"{self.command} refused: {why}")
+        self.send(status, b"")
+        self.close_connection = True
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+        self.reader.pass_over(1 << 16)
+
+    def note(self, text: str) -> None:
+        """Told what was refused."""
+
+    def send(self, status: int, body: bytes, **headers: str) -> None:
+        """The answer; an underscore in a header's name stands for a hyphen."""
+        self.connection.settimeout(self.whole_s)  # for all of the answer
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_error(self, format: str, *args: Any) -> None:
+        if args and isinstance(args[0], TimeoutError):  # http.server's word for a request that was not whole in time
+            self.note(f"request refused: it was not whole within {self.whole_s:g} s")
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing: what matters is told by ``note``."""

@@ -61,6 +61,7 @@ class RunView:
     error: str | None = None
     stages: dict[str, StageView] = field(default_factory=dict)
     ranks: list[RankView] = field(default_factory=list)
+    silent: list[int] | None = None  # where only lines are seen: what rank 0 last told
 
     def stage(self, name: str) -> StageView:
         return self.stages.setdefault(name, StageView(name))
@@ -70,6 +71,8 @@ class RunView:
         kind = event.get("event")
         if kind == "job_end":
             self.status = str(event.get("status", "ended"))
+        if kind == "ranks":
+            self.size, self.silent = int(event["size"]), [int(rank) for rank in event["silent"]]
         if "stage" not in event:
             return
         stage = self.stage(str(event["stage"]))
@@ -83,6 +86,12 @@ class RunView:
             stage.energy_kwh = event.get("energy_kwh", stage.energy_kwh)
         elif kind == "stage_end":
             stage.status, stage.seconds = "ran", event.get("seconds")
+
+    @property
+    def ranks_alive(self) -> int:
+        if self.silent is not None and self.size is not None:
+            return self.size - len(self.silent)
+        return sum(rank.alive for rank in self.ranks)
 
     @property
     def energy_kwh(self) -> float | None:
@@ -171,7 +180,8 @@ def to_json(view: RunView) -> dict[str, Any]:
         "status": view.status,
         "gone": view.gone,
         "energy_kwh": view.energy_kwh,
-        "ranks_alive": sum(rank.alive for rank in view.ranks),
+        "ranks_alive": view.ranks_alive,
+        "ranks_silent": [rank.rank for rank in view.ranks if not rank.alive] if view.silent is None else view.silent,
         "ranks": [vars(rank) for rank in view.ranks],
         "stages": [vars(stage) for stage in view.stages.values()],
     }
@@ -184,9 +194,10 @@ def render(view: RunView) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    alive = sum(rank.alive for rank in view.ranks)
     head = [f"{view.run}  {view.name}".strip(), "gone" if view.gone else view.status]
-    head += [f"{alive} of {len(view.ranks)} ranks alive"] if view.size and view.status == "running" else []
+    if view.size and view.status == "running":
+        head += [f"{view.ranks_alive} of {len(view.ranks) or view.size} ranks alive"]
+        head += [f"silent: {', '.join(map(str, view.silent))}"] if view.silent else []
     head += [f"{formats.energy(view.energy_kwh)} so far"] if view.energy_kwh is not None else []
     stages = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for title in ("stage", "kind", "status", "step", "now", "last epoch", "time", "energy"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,18 @@ from horovod_jobs.comm.world import World
 from horovod_jobs.data.base import Batch, DataModule, TensorSplit
 from horovod_jobs.quantization.base import Calibration
 from horovod_jobs.quantization.quantizer import StaticInt8
+
+CLOCK_JUMPS = "HOROVOD_JOBS_TEST_CLOCK_JUMPS"  # the rank whose wall clock jumps
+
+
+def _let_the_clock_jump() -> None:
+    """An hour forth and an hour back, by turns every half second."""
+    real = time.time
+    time.time = lambda: real() + (3600 if int(2 * time.monotonic()) % 2 else -3600)
+
+
+if os.environ.get(CLOCK_JUMPS, "") == os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("HOROVOD_RANK", "none")):
+    _let_the_clock_jump()
 
 
 def pictures(

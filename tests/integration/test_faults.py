@@ -13,6 +13,7 @@ import pytest
 
 from horovod_jobs import runs
 from horovod_jobs.chaos import strikes
+from tests.integration.parts import CLOCK_JUMPS
 from tests.integration.support import (
     TINY,
     WORLD,
@@ -93,6 +94,47 @@ def test_a_rank_that_does_not_come_is_named_with_every_stack(
     if fault == "hang":  # It runs, so it can say where.
         assert "chaos.py" in (logs / f"stacks-{lost}.txt").read_text()
         assert events(tmp_path, run="one")[-1]["event"] == "job_end"
+
+
+@pytest.mark.parametrize(("controller", "rank"), [("mpi", 0), ("gloo", 1)])
+def test_a_wall_clock_that_jumps_ends_nothing(
+    controller: str, rank: int, tmp_path: Path, untouched: dict[str, str]
+) -> None:
+    world = (*WORLD, f"launch.controller={controller}")
+    done = run(*LONG, *world, *SOAK[1:], cwd=tmp_path, env={CLOCK_JUMPS: str(rank)})
+    assert done.code == 0, done.text
+    assert weights(tmp_path) == untouched
+    assert 0 < manifest(tmp_path)["totals"]["seconds"] < done.seconds
+    sign = tmp_path / "runs" / "latest" / "ranks" / f"rank-{rank}.json"
+    assert abs(json.loads(sign.read_text())["time"] - sign.stat().st_mtime) > 3000, "it has jumped"
+
+
+@pytest.mark.parametrize("kind", ["gloo", "parameter server"])
+def test_a_launcher_that_is_killed_leaves_no_rank(kind: str, tmp_path: Path) -> None:
+    """With MPI: test_interrupt."""
+    if kind == "gloo":
+        job = (*LONG, *WORLD, "launch.controller=gloo")
+    else:
+        job = (
+            *LONG,
+            "strategy=parameter_server",
+            "model.dropout=0",
+            "fit.sync_batchnorm=false",
+            "launch=local",
+            "launch.np=3",
+        )
+    running = start(*job, cwd=tmp_path)
+    wait_for(lambda: any(entry["event"] == "checkpoint" for entry in events(tmp_path)), what="a checkpoint")
+    running.process.kill()
+    assert running.wait().code == -signal.SIGKILL
+    running.nothing_left()
+    assert manifest(tmp_path)["status"] in ("running", "interrupted"), (
+        "killed with it, or told to stop and quick enough to write it"
+    )
+    done = run(*job, cwd=tmp_path)
+    assert done.code == 0, done.text
+    assert stage(manifest(tmp_path), "model")["resumed_from_step"] >= 20
+    assert left_behind(tmp_path) == []
 
 
 def test_a_run_that_was_killed_outright_is_shown_as_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

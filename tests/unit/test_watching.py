@@ -184,3 +184,14 @@ def test_watch_ends_with_a_line_where_the_run_is_gone(
     assert (told_run["status"], told_run["gone"]) == ("running", True)
     assert runs.main(["show", "r1", "--root", str(tmp_path)]) == 0
     assert "gone: killed outright" in capsys.readouterr().out
+
+
+def test_ranks_alive_of_a_job_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [json.dumps({"event": "ranks", "size": 3, "silent": silent}) for silent in ([], [2])]
+    watching.watch_lines(lines, console=Console(file=io.StringIO()), as_json=True)
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(one["ranks_alive"], one["ranks_silent"]) for one in told] == [(3, []), (2, [2])]
+    view = watching.RunView("r")
+    for event in watching.lines_to_events(lines):
+        view.take(event)
+    assert "2 of 3 ranks alive  silent: 2" in shown(view)

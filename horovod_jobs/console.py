@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +21,18 @@ def forwarded_terminal() -> int | None:
     """Columns of the terminal that the process which started this rank sits on, where it passes one on."""
     text = os.environ.get(TERMINAL_VARIABLE, "")
     return int(text) if text.isdigit() else None
+
+
+def say_json(told: Mapping[str, Any]) -> None:
+    """A line for ``horovod-runs watch -`` on standard error."""
+    _say(json.dumps({"time": round(time.time(), 3), **told}))
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(
+        line + "\n"
+    )  # In one piece: more than one thread speaks, and print writes the end of a line by itself.
+    sys.stderr.flush()
 
 
 class Progress(Protocol):
@@ -60,7 +72,7 @@ class _Json:
         if now - self._last >= self._every_s or done >= self._total:
             self._last = now
             told = {"event": "progress", "stage": self._label, "done": done, "total": self._total, "note": note}
-            print(json.dumps({"time": round(time.time(), 3), **told}), file=sys.stderr, flush=True)
+            say_json(told)
 
 
 class _Bar:
@@ -155,7 +167,7 @@ class EventLog:
             line = json.dumps({"time": round(time.time(), 3), "event": event, **fields})
             self._stream.write(line + "\n")
             if self._echo:
-                print(line, file=sys.stderr, flush=True)
+                _say(line)
 
     def close(self) -> None:
         if self._stream is not None:

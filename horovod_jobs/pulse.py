@@ -25,6 +25,7 @@ from horovod_jobs.errors import WorldError
 
 DIRECTORY = "ranks"
 INTERVAL_S = 2.0
+TELL_BEATS = 5
 _ALARM = "alarm"
 _CHANNEL, _WAITS = "horovod_jobs.comm.channel", ("wait_until", "sleep_until")
 
@@ -58,6 +59,7 @@ class Pulse:
         stall_limit_s: the same for a wait in which every rank gives signs of life; None: never.
         end: called in this thread with the error and the silent ranks; must not return.
         servers: ranks that are not in the world and that this one waits for all the same.
+        tell: hears every ``TELL_BEATS`` beats how many ranks there are and which of them are silent.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Pulse:
         stall_limit_s: float | None,
         end: Callable[[WorldError, list[int]], None],
         servers: Sequence[int] = (),
+        tell: Callable[[dict[str, Any]], None] | None = None,
         interval_s: float = INTERVAL_S,
     ) -> None:
         self._world, self._console, self._end, self._interval_s = world, console, end, interval_s
@@ -81,6 +84,7 @@ class Pulse:
         self._beat = 0
         self._wait = Wait()
         self._others = Others(world, self._directory, servers)
+        self._tell, self._told_of = tell, Others(world, self._directory, servers)
         self._dumped = ""  # the alarm whose stacks are written
 
     def start(self) -> None:
@@ -102,10 +106,12 @@ class Pulse:
             if now - last > 3 * self._interval_s + 1:  # This rank itself was stopped: what it has seen is old.
                 self._wait = Wait()
                 self._others.forget()
+                self._told_of.forget()
             last = now
             self._wait.look(self._watched, self._console.now, now=now)
             self._write()
             self._dump_if_asked()
+            self._tell_of_others(now)
             self._check(now)
 
     # --- what this rank says --------------------------------------------------------------------------------------------
@@ -153,6 +159,13 @@ class Pulse:
                 faulthandler.dump_traceback(stream, all_threads=True)
         except OSError:
             return
+
+    def _tell_of_others(self, now: float) -> None:
+        if self._tell is None or self._beat % TELL_BEATS:
+            return
+        self._told_of.look(now)
+        silent = self._told_of.silent(now, limit_s=TELL_BEATS * self._interval_s)
+        self._tell({"event": "ranks", "size": 1 + len(self._told_of.ranks), "silent": silent})
 
     # --- what it makes of the others ------------------------------------------------------------------------------------
     def _check(self, now: float) -> None:

@@ -21,7 +21,7 @@ from horovod_jobs.comm.connect import world_lost
 from horovod_jobs.comm.roles import roles_of
 from horovod_jobs.comm.world import World
 from horovod_jobs.config import RunConfig
-from horovod_jobs.console import Console, EventLog, logging_to
+from horovod_jobs.console import Console, EventLog, logging_to, say_json
 from horovod_jobs.errors import ArtifactError, ConfigError, JobError, StorageError, WorldError
 from horovod_jobs.instantiate import instantiate, is_node
 from horovod_jobs.interrupt import StopRequest
@@ -265,6 +265,7 @@ class Run:
             stall_limit_s=config.stall_limit_s,
             end=end,
             servers=roles.server_ranks if (roles := roles_of(self.world)) is not None else (),
+            tell=say_json if self.world.is_main and config.progress == "json" else None,
         )
 
     # --- the record -------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from horovod_jobs import manifest as manifests
 from horovod_jobs.comparing import compare
 from horovod_jobs.errors import ArtifactError, JobError
 from horovod_jobs.launch.kubernetes.parser import add_cluster_commands
+from horovod_jobs.living import is_gone
 from horovod_jobs.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def _ls(arguments: argparse.Namespace) -> None:
             [
                 {"run_id": path.name, "error": str(m)}
                 if isinstance(m, ArtifactError)
-                else {key: m[key] for key in keys}  # type: ignore[literal-required]
+                else {**{key: m[key] for key in keys}, "gone": _is_gone(path, m)}  # type: ignore[literal-required]
                 for path, m in found
             ]
         )
@@ -110,18 +111,22 @@ def _ls(arguments: argparse.Namespace) -> None:
     if not found:
         print(f"No runs under {arguments.root}. Run a job first (horovod-jobs), or give another directory with --root.")
         return
-    rows = [[path.name, "damaged", str(m)] if isinstance(m, ArtifactError) else _ls_row(m) for path, m in found]
+    rows = [[path.name, "damaged", str(m)] if isinstance(m, ArtifactError) else _ls_row(path, m) for path, m in found]
     _print_table(
         ["run", "status", "name", "started (UTC)", "ranks", "stages", "time", "energy"], rows, right=range(4, 8)
     )
 
 
-def _ls_row(manifest: Manifest) -> list[str]:
+def _is_gone(run_dir: Path, manifest: Manifest) -> bool:
+    return manifest["status"] == "running" and is_gone(run_dir)
+
+
+def _ls_row(run_dir: Path, manifest: Manifest) -> list[str]:
     statuses = [stage["status"] for stage in manifest["stages"]]
     over = sum(status in ("ran", "reused", "skipped") for status in statuses)
     return [
         manifest["run_id"],
-        manifest["status"],
+        "gone" if _is_gone(run_dir, manifest) else manifest["status"],
         manifest["name"],
         manifest["started_at"][:16].replace("T", " "),
         str(manifest["world"]["size"]),
@@ -142,7 +147,7 @@ def _show(arguments: argparse.Namespace) -> None:
     if manifest["error"]:
         print(f"error: {manifest['error']} (exit code {manifest['exit_code']})")
     started = manifest["started_at"][:19].replace("T", " ")
-    print(f"started {started} UTC{_age(manifest)}")
+    print(f"started {started} UTC{_age(run_dir, manifest)}")
     print(f"world {world['size']} rank(s) on {world['hosts']} host(s), controller {world['controller']}")
     print(f"command {shlex.join(manifest['command'])}")
     rows = [
@@ -203,12 +208,13 @@ def _watch(arguments: argparse.Namespace) -> None:
     watching.watch(run_dir, console=_console(), once=arguments.once, as_json=arguments.json)
 
 
-def _age(manifest: Manifest) -> str:
-    """For a run that has not ended: how long ago it began, as it may have been killed."""
+def _age(run_dir: Path, manifest: Manifest) -> str:
+    """For a run that has not ended: how long ago it began, and whether it is gone."""
     if manifest["status"] != "running":
         return ""
     started = datetime.fromisoformat(manifest["started_at"].replace("Z", "+00:00"))
-    return f" ({formats.duration((datetime.now(timezone.utc) - started).total_seconds())} ago; killed, or still going)"
+    how = "gone: killed outright" if is_gone(run_dir) else "still going"
+    return f" ({formats.duration((datetime.now(timezone.utc) - started).total_seconds())} ago; {how})"
 
 
 def _metrics(metrics: dict[str, float]) -> str:

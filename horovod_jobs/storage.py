@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -9,10 +10,11 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from horovod_jobs.errors import StorageError
 
@@ -67,16 +69,37 @@ def locked(path: Path, *, busy: str) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         stream = path.open("a+", encoding="utf-8")
     with stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not _take(stream):
             stream.seek(0)
-            raise StorageError(busy.format(holder=stream.read().strip() or "unknown")) from error
+            raise StorageError(busy.format(holder=stream.read().strip() or "unknown"))
         stream.truncate(0)
         stream.write(f"process {os.getpid()} on {os.uname().nodename}")
         stream.flush()
         yield
         stream.truncate(0)
+
+
+def _take(stream: IO[str]) -> bool:
+    """Lock a file, or give up after a moment: whoever only asks whether it is held (``is_locked``) holds it for as long as that takes."""
+    for attempt in range(4):
+        if attempt:
+            time.sleep(0.05)
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+    return False
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock of this file (``locked``), as far as this host can see; True also where that cannot be told."""
+    try:
+        with path.open("rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
 
 
 def sha256_file(path: Path) -> str:

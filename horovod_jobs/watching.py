@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from horovod_jobs import formats
 from horovod_jobs import manifest as manifests
-from horovod_jobs.pulse import DIRECTORY, read_sign
+from horovod_jobs.errors import WorldError
+from horovod_jobs.living import Sightings
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -49,16 +50,18 @@ class RankView:
 
 @dataclass
 class RunView:
-    """A run at one moment. ``status`` is the manifest's, or ``running`` where only lines are seen."""
+    """A run at one moment. ``status`` is the manifest's, or ``running`` where only lines are seen; see ``living`` for ``gone``."""
 
     run: str = ""
     name: str = ""
     status: str = "running"
+    gone: bool = False
     seconds: float | None = None
     size: int | None = None
     error: str | None = None
     stages: dict[str, StageView] = field(default_factory=dict)
     ranks: list[RankView] = field(default_factory=list)
+    silent: list[int] | None = None  # where only lines are seen: what rank 0 last told
 
     def stage(self, name: str) -> StageView:
         return self.stages.setdefault(name, StageView(name))
@@ -68,6 +71,8 @@ class RunView:
         kind = event.get("event")
         if kind == "job_end":
             self.status = str(event.get("status", "ended"))
+        if kind == "ranks":
+            self.size, self.silent = int(event["size"]), [int(rank) for rank in event["silent"]]
         if "stage" not in event:
             return
         stage = self.stage(str(event["stage"]))
@@ -83,13 +88,19 @@ class RunView:
             stage.status, stage.seconds = "ran", event.get("seconds")
 
     @property
+    def ranks_alive(self) -> int:
+        if self.silent is not None and self.size is not None:
+            return self.size - len(self.silent)
+        return sum(rank.alive for rank in self.ranks)
+
+    @property
     def energy_kwh(self) -> float | None:
         known = [stage.energy_kwh for stage in self.stages.values() if stage.energy_kwh is not None]
         return sum(known) if known else None
 
 
-def of_directory(run_dir: Path) -> RunView:
-    """A run from its manifest, its events and the ranks' signs of life.
+def of_directory(run_dir: Path, sightings: Sightings | None = None) -> RunView:
+    """A run from its manifest, its events and the ranks' signs of life. ``sightings``: those of who looks again and again.
 
     Raises:
         ArtifactError: there is no manifest, or it is damaged.
@@ -109,7 +120,11 @@ def of_directory(run_dir: Path) -> RunView:
             stage.energy_kwh = entry["energy_kwh"] if entry["status"] == "ran" else None
     view.status = manifest["status"]
     view.seconds = manifest["totals"].get("seconds")
-    _take_signs(view, run_dir)
+    now = time.monotonic()
+    seen = Sightings(run_dir) if sightings is None else sightings
+    seen.look(now)
+    _take_signs(view, run_dir, seen, now)
+    view.gone = view.status == "running" and (seen.gone_at_once() if sightings is None else seen.gone(now))
     return view
 
 
@@ -136,17 +151,15 @@ def lines_to_events(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
             yield event
 
 
-def _take_signs(view: RunView, run_dir: Path) -> None:
+def _take_signs(view: RunView, run_dir: Path, seen: Sightings, now: float) -> None:
     started = run_dir.stat().st_ctime
-    signs = (run_dir / DIRECTORY).glob("rank-*.json")
-    beside = {int(path.stem.removeprefix("rank-")) for path in signs} - set(range(view.size or 0))  # parameter servers
-    for rank in [*range(view.size or 0), *sorted(beside)]:
-        path = run_dir / DIRECTORY / f"rank-{rank}.json"
-        sign = read_sign(path)
+    ranks = range(view.size or 0)
+    for rank in [*ranks, *sorted(set(seen.signs) - set(ranks))]:  # the others are parameter servers
+        sign = seen.signs.get(rank)
         if sign is None:
             view.ranks.append(RankView(rank, "", "no sign of life yet", time.time() - started, alive=False))
             continue
-        age_s = max(0.0, time.time() - path.stat().st_mtime)
+        age_s = seen.age_s(rank, now)
         doing = f"{sign['doing'] or 'at work'}"
         if sign["waiting_in"] and sign["waiting_s"] >= sign["every_s"]:
             doing += f", waiting in {sign['waiting_in']} for {sign['waiting_s']:.0f} s"
@@ -165,8 +178,10 @@ def to_json(view: RunView) -> dict[str, Any]:
         "run_id": view.run,
         "name": view.name,
         "status": view.status,
+        "gone": view.gone,
         "energy_kwh": view.energy_kwh,
-        "ranks_alive": sum(rank.alive for rank in view.ranks),
+        "ranks_alive": view.ranks_alive,
+        "ranks_silent": [rank.rank for rank in view.ranks if not rank.alive] if view.silent is None else view.silent,
         "ranks": [vars(rank) for rank in view.ranks],
         "stages": [vars(stage) for stage in view.stages.values()],
     }
@@ -179,9 +194,10 @@ def render(view: RunView) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    alive = sum(rank.alive for rank in view.ranks)
-    head = [f"{view.run}  {view.name}".strip(), view.status]
-    head += [f"{alive} of {len(view.ranks)} ranks alive"] if view.size and view.status == "running" else []
+    head = [f"{view.run}  {view.name}".strip(), "gone" if view.gone else view.status]
+    if view.size and view.status == "running":
+        head += [f"{view.ranks_alive} of {len(view.ranks) or view.size} ranks alive"]
+        head += [f"silent: {', '.join(map(str, view.silent))}"] if view.silent else []
     head += [f"{formats.energy(view.energy_kwh)} so far"] if view.energy_kwh is not None else []
     stages = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for title in ("stage", "kind", "status", "step", "now", "last epoch", "time", "energy"):
@@ -208,27 +224,46 @@ def render(view: RunView) -> RenderableType:
 
 
 def watch(run_dir: Path, *, console: Console, every_s: float = 1.0, once: bool = False, as_json: bool = False) -> None:
-    """Show a run until it ends; as JSON, a line each time something has changed."""
-    shown = None
+    """Show a run until it ends; as JSON, a line each time something has changed.
+
+    Raises:
+        WorldError: the run is gone.
+    """
     if once or as_json:
-        while True:
-            view = of_directory(run_dir)
-            value = to_json(view)
-            stable = {**value, "ranks": [{**rank, "age_s": 0} for rank in value["ranks"]]}
-            if stable != shown:
-                print(json.dumps(value, ensure_ascii=False), flush=True) if as_json else console.print(render(view))
-                shown = stable
-            if once or view.status != "running":
-                return
-            time.sleep(every_s)
+        view = _watch_changes(run_dir, console=console, every_s=every_s, once=once, as_json=as_json)
+    else:
+        view = _watch_live(run_dir, console=console, every_s=every_s)
+    if view.gone:
+        raise WorldError(
+            f"run {view.run} is gone: no rank gives signs of life and no process of this host holds its lock, though its manifest says "
+            "running; it was killed outright, or its host is down; the same command goes on from the last checkpoint"
+        )
+
+
+def _watch_changes(run_dir: Path, *, console: Console, every_s: float, once: bool, as_json: bool) -> RunView:
+    shown, sightings = None, None if once else Sightings(run_dir)
+    while True:
+        view = of_directory(run_dir, sightings)
+        value = to_json(view)
+        stable = {**value, "ranks": [{**rank, "age_s": 0} for rank in value["ranks"]]}
+        if stable != shown:
+            print(json.dumps(value, ensure_ascii=False), flush=True) if as_json else console.print(render(view))
+            shown = stable
+        if once or view.gone or view.status != "running":
+            return view
+        time.sleep(every_s)
+
+
+def _watch_live(run_dir: Path, *, console: Console, every_s: float) -> RunView:
     from rich.live import Live
 
+    sightings = Sightings(run_dir)
     with Live(console=console, auto_refresh=False, transient=False) as live:
         while True:
-            view = of_directory(run_dir)
+            view = of_directory(run_dir, sightings)
             live.update(render(view), refresh=True)
-            if view.status != "running":
-                return
+            if view.gone or view.status != "running":
+                return view
             time.sleep(every_s)
 
 

@@ -49,7 +49,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("lifecycle",),
     ("parallel",),
     ("runner",),
-    ("comparing", "doctor", "watching"),
+    ("comparing", "doctor", "living", "watching"),
     ("runs", "app"),
     ("__main__",),
 )

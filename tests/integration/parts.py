@@ -18,6 +18,18 @@ from horovod_jobs.data.base import Batch, DataModule, TensorSplit
 from horovod_jobs.quantization.base import Calibration
 from horovod_jobs.quantization.quantizer import StaticInt8
 
+CLOCK_JUMPS = "HOROVOD_JOBS_TEST_CLOCK_JUMPS"  # the rank whose wall clock jumps
+
+
+def _let_the_clock_jump() -> None:
+    """An hour forth and an hour back, by turns every half second."""
+    real = time.time
+    time.time = lambda: real() + (3600 if int(2 * time.monotonic()) % 2 else -3600)
+
+
+if os.environ.get(CLOCK_JUMPS, "") == os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("HOROVOD_RANK", "none")):
+    _let_the_clock_jump()
+
 
 def pictures(
     *,
@@ -30,7 +42,6 @@ def pictures(
     labels_up_to: int | None = None,
     record_environment_in: str | None = None,
     wait_at_sample: tuple[int, str] | None = None,
-    clock_jumps_s: Sequence[float] = (),
     without_validation: bool = False,
 ) -> DataModule:
     """Noisy pictures of one blob a class, [1, side, side]; the other arguments make it wrong, or tell what a rank can see."""
@@ -48,8 +59,6 @@ def pictures(
     train, validation, test = (TensorSplit(*split) for split in splits)
     if wait_at_sample is not None:
         train = WaitsForEver(train, sample=wait_at_sample[0], told=Path(wait_at_sample[1]))
-    if clock_jumps_s:
-        train = ClockJumps(train, seconds=clock_jumps_s[int(os.environ["OMPI_COMM_WORLD_RANK"])])
     return DataModule(
         train=train,
         validation=None if without_validation else validation,
@@ -67,23 +76,6 @@ def _split(*, samples: int, classes: int, side: int, seed: int) -> tuple[Tensor,
     targets = torch.randint(classes, (samples,), generator=generator)
     centres = torch.randn(classes, 1, side, side, generator=torch.Generator().manual_seed(99))
     return centres[targets] + torch.randn(samples, 1, side, side, generator=generator), targets
-
-
-class ClockJumps:
-    """A split at whose fortieth batch somebody sets this process's wall clock."""
-
-    def __init__(self, split: TensorSplit, *, seconds: float) -> None:
-        self._split, self._seconds, self._fetched = split, seconds, 0
-
-    def __len__(self) -> int:
-        return len(self._split)
-
-    def fetch(self, indices: Tensor) -> Batch:
-        self._fetched += 1
-        if self._fetched == 40:
-            real = time.time
-            time.time = lambda: real() + self._seconds
-        return self._split.fetch(indices)
 
 
 class WaitsForEver:

@@ -159,6 +159,18 @@ def test_a_server_gives_signs_of_life_in_one_run_after_another(tmp_path: Path) -
     assert (read_sign(runs[1] / "ranks" / "rank-3.json") or {})["ended"]
 
 
+def test_rank_0_tells_who_is_silent_to_who_sees_its_lines_only(tmp_path: Path) -> None:
+    told: list[dict[str, Any]] = []
+    (tmp_path / "logs").mkdir()
+    one = Pulse(Stuck(), run_dir=tmp_path, console=Console(is_main=False, mode="none"), interval_s=INTERVAL_S, silent_limit_s=None,
+                stall_limit_s=None, end=lambda error, silent: None, tell=told.append)  # fmt: skip
+    one.start()
+    settle(lambda: len(told) >= 3)
+    one.stop()
+    assert told[0] == {"event": "ranks", "size": 2, "silent": []}, "rank 1 has its time"
+    assert told[-1]["silent"] == [1]
+
+
 def pulse(world: World, run_dir: Path, ended: list[Any], **limits: float | None) -> Pulse:
     (run_dir / "logs").mkdir(exist_ok=True)
     return Pulse(world, run_dir=run_dir, console=Console(is_main=False, mode="none"), interval_s=INTERVAL_S,

@@ -96,6 +96,18 @@ def test_a_rank_that_does_not_come_is_named_with_every_stack(
         assert events(tmp_path, run="one")[-1]["event"] == "job_end"
 
 
+def test_three_ranks_end_in_the_same_weights_where_that_is_asked_for(tmp_path: Path) -> None:
+    job, ended = (*LONG, "strategy=repeatable", "launch=local", "launch.np=3", "run.silent_limit_s=60"), []
+    for name, more in (("untouched", ()), ("killed", ("launch.restarts=2", "chaos=kills", schedule(("kill", 2, 50))))):
+        directory = tmp_path / name
+        directory.mkdir()
+        done = run(*job, *more, cwd=directory)
+        assert done.code == 0, done.text
+        ended.append(weights(directory))
+    assert stage(manifest(tmp_path / "killed"), "model")["resumed_from_step"] >= 40
+    assert ended[0] == ended[1], "bit for bit the same"
+
+
 @pytest.mark.parametrize(("controller", "rank"), [("mpi", 0), ("gloo", 1)])
 def test_a_wall_clock_that_jumps_ends_nothing(
     controller: str, rank: int, tmp_path: Path, untouched: dict[str, str]

@@ -29,6 +29,7 @@ _FINISHED = (
     "PREEMPTED",
 )
 _POLL_S = 2.0
+_UNKNOWN = "Invalid job id"  # what scontrol says of a job that Slurm has forgotten
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,9 @@ def states(text: str) -> list[tuple[str, int]]:
 
 
 def _wait(number: str) -> int:
-    """Wait for a job, through every requeue. Ctrl-C ends the waiting and not the job."""
+    """Wait for a job, through every requeue and while Slurm does not answer. Ctrl-C ends the waiting and not the job."""
     last: list[tuple[str, int]] = []
+    silent = False
     try:
         while True:
             done = _run(["scontrol", "show", "job", "--oneliner", number])
@@ -145,13 +147,22 @@ def _wait(number: str) -> int:
             if now and now != last:
                 print(f"job {number}: {', '.join(state.lower() for state, _ in now)}", file=sys.stderr)
             last = now or last
-            if (now and all(state in _FINISHED for state, _ in now)) or (not now and done.returncode):
+            if (now and _ended(now)) or (not now and _UNKNOWN in done.stderr):
                 break
+            if done.returncode and not silent:  # The controller restarts, say; the job goes on meanwhile.
+                print(f"job {number}: no answer from Slurm ({_last(done)}); waiting goes on", file=sys.stderr)
+            silent = done.returncode != 0
             time.sleep(_POLL_S)
     except KeyboardInterrupt:
         print(f"job {number} goes on; scancel {number} stops it", file=sys.stderr)
         raise
-    if not last:
-        raise SetupError(f"Slurm does not know job {number} ({_last(done)}); look with sacct -j {number}")
+    if not _ended(last):
+        raise SetupError(
+            f"Slurm does not know job {number} any more, so its end is not known; look with sacct -j {number}"
+        )
     codes = [code or (0 if state == "COMPLETED" else 1) for state, code in last]
     return next((code for code in codes if code), 0)
+
+
+def _ended(jobs: Sequence[tuple[str, int]]) -> bool:
+    return bool(jobs) and all(state in _FINISHED for state, _ in jobs)

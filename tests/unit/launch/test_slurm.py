@@ -122,6 +122,40 @@ def test_without_sbatch_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert not (tmp_path / "slurm").exists()
 
 
+def answers(monkeypatch: pytest.MonkeyPatch, *said: tuple[int, str, str]) -> None:
+    """Slurm's answers to ``scontrol show job``, one after the other."""
+    left = iter(said)
+    monkeypatch.setattr(slurm, "_run", lambda argv, **_: subprocess.CompletedProcess(argv, *next(left)))
+    monkeypatch.setattr(slurm, "_POLL_S", 0)
+
+
+RUNNING = (0, "JobId=7 JobState=RUNNING ExitCode=0:0\n", "")
+COMPLETED = (0, "JobId=7 JobState=COMPLETED ExitCode=0:0\n", "")
+NO_ANSWER = (1, "", "slurm_load_jobs error: Unable to contact slurm controller (connect failure)\n")
+FORGOTTEN = (1, "", "slurm_load_jobs error: Invalid job id specified\n")
+
+
+@pytest.mark.parametrize("before", [(), (RUNNING,)], ids=["at first", "later"])
+def test_a_controller_that_is_away_for_a_while_does_not_end_the_waiting(
+    before: tuple[tuple[int, str, str], ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers(monkeypatch, *before, NO_ANSWER, NO_ANSWER, RUNNING, COMPLETED)
+    assert slurm._wait("7") == 0
+    told = capsys.readouterr().err
+    assert told.count("job 7: no answer from Slurm (slurm_load_jobs error: Unable to contact") == 1, "said once"
+    assert told.count("job 7: running") == 1
+    assert told.endswith("job 7: completed\n")
+
+
+@pytest.mark.parametrize("before", [(), (RUNNING,)], ids=["at first", "later"])
+def test_a_job_that_slurm_has_forgotten_is_an_error_in_one_sentence(
+    before: tuple[tuple[int, str, str], ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers(monkeypatch, *before, FORGOTTEN)
+    with pytest.raises(SetupError, match="does not know job 7 any more, so its end is not known; look with sacct -j 7"):
+        slurm._wait("7")
+
+
 # --- the shell's part, with stand-ins for srun, squeue and scontrol -------------------------------------------------------
 def program(directory: Path, name: str, body: str) -> None:
     path = directory / name

@@ -26,6 +26,7 @@ from horovod_jobs.errors import WorldError
 DIRECTORY = "ranks"
 INTERVAL_S = 2.0
 TELL_BEATS = 5
+ENDED_LIMIT_S = 4.0
 _ALARM = "alarm"
 _CHANNEL, _WAITS = "horovod_jobs.comm.channel", ("wait_until", "sleep_until")
 
@@ -57,6 +58,8 @@ class Pulse:
         console: knows how far the work is.
         silent_limit_s: a rank that gives no sign of life for so long while others wait for it ends the job; None: never.
         stall_limit_s: the same for a wait in which every rank gives signs of life; None: never.
+        ended_limit_s: the same for a rank that has ended by itself, which in the middle of a run is an error of its own; None: never,
+            where the world is about to be made anew without it.
         end: called in this thread with the error and the silent ranks; must not return.
         servers: ranks that are not in the world and that this one waits for all the same.
         tell: hears every ``TELL_BEATS`` beats how many ranks there are and which of them are silent.
@@ -70,6 +73,7 @@ class Pulse:
         console: Console,
         silent_limit_s: float | None,
         stall_limit_s: float | None,
+        ended_limit_s: float | None = None,
         end: Callable[[WorldError, list[int]], None],
         servers: Sequence[int] = (),
         tell: Callable[[dict[str, Any]], None] | None = None,
@@ -77,6 +81,11 @@ class Pulse:
     ) -> None:
         self._world, self._console, self._end, self._interval_s = world, console, end, interval_s
         self._silent_limit_s, self._stall_limit_s = silent_limit_s, stall_limit_s
+        self._ended_limit_s = ended_limit_s
+        looked_after = [limit / 4 for limit in (silent_limit_s, stall_limit_s) if limit is not None]
+        self._looks_after_s = min(
+            [*looked_after, *([ended_limit_s] if ended_limit_s is not None else [])], default=None
+        )
         self._directory, self._logs = run_dir / DIRECTORY, run_dir / "logs"
         self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
         self._watched = threading.get_ident()
@@ -169,8 +178,8 @@ class Pulse:
 
     # --- what it makes of the others ------------------------------------------------------------------------------------
     def _check(self, now: float) -> None:
-        limits = [limit for limit in (self._silent_limit_s, self._stall_limit_s) if limit is not None]
-        if not limits or not self._others.ranks or self._wait.seconds < min(limits) / 4:
+        least_s = self._looks_after_s
+        if least_s is None or not self._others.ranks or self._wait.seconds < least_s:
             self._others.forget()
             return
         self._others.look(now)
@@ -184,7 +193,7 @@ class Pulse:
         time.sleep(2 * self._interval_s)  # The others write their stacks.
         label = self._wait.name
         self._wait.look(self._watched, self._console.now, now=time.monotonic())
-        if self._wait.name != label or self._wait.seconds < min(limits) / 4 or self._over.is_set():
+        if self._wait.name != label or self._wait.seconds < least_s or self._over.is_set():
             return  # It came after all.
         self._end(error, silent)
 
@@ -197,6 +206,12 @@ class Pulse:
             return WorldError(
                 f"{waits}, and {names} gave no sign of life for {self._silent_limit_s:g} s (run.silent_limit_s): stopped, cut off, or "
                 f"its host is down; {files}; {goes_on}"
+            )
+        ended = self._others.ended()
+        if ended and self._ended_limit_s is not None and self._wait.seconds > self._ended_limit_s:
+            names = " and ".join(self._others.describe(rank) for rank in ended)
+            return WorldError(
+                f"{waits}, and {names} has ended with an error of its own, which its log tells; {goes_on}"
             )
         if self._stall_limit_s is not None and self._wait.seconds > self._stall_limit_s:
             return WorldError(
@@ -313,6 +328,10 @@ class Others:
             rank for rank in self.ranks if rank in self._changed and (rank in self._signs or rank < self._world.size)
         ]
         return [rank for rank in seen if now - self._changed[rank] > limit_s]
+
+    def ended(self) -> list[int]:
+        """Ranks that have said that they have ended."""
+        return [rank for rank in self.ranks if self._signs.get(rank, {}).get("ended")]
 
     def describe(self, rank: int) -> str:
         sign = self._signs.get(rank)

@@ -31,7 +31,7 @@ from horovod_jobs.origin import origin
 from horovod_jobs.parallel import side_by_side
 from horovod_jobs.planning import Planned, Prepared, plan, prepare
 from horovod_jobs.pulse import DIRECTORY as RANKS
-from horovod_jobs.pulse import Pulse
+from horovod_jobs.pulse import ENDED_LIMIT_S, Pulse
 from horovod_jobs.record import Record, figures
 from horovod_jobs.spending import Spending
 from horovod_jobs.storage import digest_of, flatten, locked, storage_errors, update_link, write_text
@@ -263,6 +263,8 @@ class Run:
             console=self.console,
             silent_limit_s=config.silent_limit_s,
             stall_limit_s=config.stall_limit_s,
+            # Under Gloo an elastic world is made anew, and some ranks leave the old one before others.
+            ended_limit_s=ENDED_LIMIT_S if self.world.controller == "mpi" else None,
             end=end,
             servers=roles.server_ranks if (roles := roles_of(self.world)) is not None else (),
             tell=say_json if self.world.is_main and config.progress == "json" else None,

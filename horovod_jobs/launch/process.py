@@ -66,6 +66,7 @@ def run_world(
         begun = any(place.glob("pid-*"))
         lost = {path.name.removeprefix("lost-") for path in place.glob("lost-*")}
     failed = [value for rank, value in codes.items() if value and rank not in lost]
+    failed.sort(key=lambda value: value == WorldError.exit_code)  # Who missed a rank comes after the rank's own error.
     if lost and not failed and 0 in codes.values():
         return 0  # The others went on without those, and came to the end.
     if not failed and code not in (0, *_AGREED) and stopper.asked:

@@ -86,6 +86,17 @@ def test_a_rank_that_is_stopped_ends_the_job_in_bounded_time(consistency: str, r
     assert valid_manifest(tmp_path)["status"] == "failed"
 
 
+def test_a_worker_with_an_error_of_its_own_ends_the_job(tmp_path: Path) -> None:
+    """It is not one that was killed: what is wrong with it may be wrong with the others."""
+    fault = "chaos.schedule=[{fault: exception, rank: 1, step: 30, stage: model}]"
+    done = run(*THREE_WORKERS, "strategy.consistency=async", "chaos=kills", fault, cwd=tmp_path)
+    assert done.code == 1, done.text
+    assert "Traceback" in done.err, done.text
+    told = valid_manifest(tmp_path)
+    assert told["status"] == "failed"
+    assert re.search(r"rank 1 \(host \S+, pid \d+\) has ended with an error of its own", told["error"]), told["error"]
+
+
 @pytest.mark.parametrize("rank", [3, 0], ids=["the server", "the first worker"])
 def test_without_a_server_or_the_first_worker_the_job_ends_and_goes_on_later(rank: int, tmp_path: Path) -> None:
     settings = (*THREE_WORKERS, "strategy.consistency=async")

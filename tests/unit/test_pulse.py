@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from pathlib import Path
@@ -213,6 +214,20 @@ def test_a_wait_without_end_ends_the_job(
     assert told is not None
     assert told["ended"]
     assert told["waiting_in"] == "fit.control"
+
+
+def test_a_rank_that_has_ended_in_the_middle_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("horovod_jobs.pulse.waiting_in", lambda thread: ("settled", 1))
+    (tmp_path / "ranks").mkdir()
+    sign(tmp_path / "ranks", 1, ended=True)
+    for limit_s, found in ((None, 0), (0.2, 1)):
+        ended: list[tuple[WorldError, list[int]]] = []
+        running = pulse(Stuck(), tmp_path, ended, silent_limit_s=None, stall_limit_s=None, ended_limit_s=limit_s)
+        running.start()
+        settle(lambda running=running, ended=ended: bool(ended) or running._wait.seconds > 0.6)  # type: ignore[misc]
+        running.stop()
+        assert len(ended[:1]) == found
+    assert re.search(r"rank 1 \(host a, pid 7\) has ended with an error of its own", str(ended[0][0]))
 
 
 def test_a_rank_that_comes_late_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

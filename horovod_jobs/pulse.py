@@ -82,10 +82,8 @@ class Pulse:
         self._world, self._console, self._end, self._interval_s = world, console, end, interval_s
         self._silent_limit_s, self._stall_limit_s = silent_limit_s, stall_limit_s
         self._ended_limit_s = ended_limit_s
-        looked_after = [limit / 4 for limit in (silent_limit_s, stall_limit_s) if limit is not None]
-        self._looks_after_s = min(
-            [*looked_after, *([ended_limit_s] if ended_limit_s is not None else [])], default=None
-        )
+        looks = [(silent_limit_s, 4), (stall_limit_s, 4), (ended_limit_s, 1)]
+        self._looks_after_s = min((limit / part for limit, part in looks if limit is not None), default=None)
         self._directory, self._logs = run_dir / DIRECTORY, run_dir / "logs"
         self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
         self._watched = threading.get_ident()

@@ -158,10 +158,11 @@ class Run:
             if is_node(self.job.config.chaos):
                 chaos = instantiate(self.job.config.chaos, allow=self.job.config.allow_targets, where="chaos")
                 self.console.listener = Striker(chaos, self.world, root=Path(config.root))
-            pulse = self._pulse(config)
+            roles = roles_of(self.world)
+            pulse = self._pulse(config, servers=roles.server_ranks if roles is not None else ())
             pulse.start()
             stack.callback(pulse.stop)
-            if (roles := roles_of(self.world)) is not None:
+            if roles is not None:
                 roles.tell_run(str(run_dir))
                 stack.callback(roles.tell_run, None)
             try:
@@ -249,7 +250,7 @@ class Run:
         )
         return mine
 
-    def _pulse(self, config: RunConfig) -> Pulse:
+    def _pulse(self, config: RunConfig, *, servers: tuple[int, ...]) -> Pulse:
         def end(error: WorldError, lost: list[int]) -> None:
             self.log.error("%s", error)
             if 0 in lost and self.world.rank == min(set(range(self.world.size)) - set(lost)):
@@ -266,7 +267,7 @@ class Run:
             # Under Gloo an elastic world is made anew, and some ranks leave the old one before others.
             ended_limit_s=ENDED_LIMIT_S if self.world.controller == "mpi" else None,
             end=end,
-            servers=roles.server_ranks if (roles := roles_of(self.world)) is not None else (),
+            servers=servers,
             tell=say_json if self.world.is_main and config.progress == "json" else None,
         )
 

@@ -60,7 +60,6 @@ class Host:
 
     python: str
     mpirun: str | None
-    horovodrun: str | None
     has_mpi4py: bool
     has_horovod: bool
     cores: int
@@ -95,7 +94,6 @@ def this_host() -> Host:
     return Host(
         python=sys.executable,
         mpirun=shutil.which("mpirun", path=search),
-        horovodrun=shutil.which("horovodrun", path=search),
         has_mpi4py=find_spec("mpi4py") is not None,
         has_horovod=find_spec("horovod") is not None,
         cores=usable_cores(),

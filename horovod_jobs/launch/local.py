@@ -15,9 +15,6 @@ from horovod_jobs.launch.process import run_world
 _HERE = "localhost"
 _KEEPALIVE_S = 3600.0  # No network lies between: a launcher that a person has suspended is not a host that was cut off.
 
-# ULFM: who talks to a rank that has died gets an error, and mpirun does not end the others.
-OUTLIVE_RANKS = ("--with-ft", "ulfm")
-
 
 def plan(
     launch: LaunchConfig,
@@ -46,7 +43,7 @@ def plan(
             f"launch.controller=mpi needs {missing}, which is not installed; run launch/install.sh, or use gloo"
         )
     env = environment(launch, host=host, environ=environ)
-    survive = OUTLIVE_RANKS if outlives_ranks and host.has_ulfm else ()
+    survive = mpi.OUTLIVE_RANKS if outlives_ranks and host.has_ulfm else ()
     if controller == "gloo":
         return LaunchPlan(list(command), env, controller, files={f"by {launch.np} ranks, which Gloo joins": ""})
     return LaunchPlan([str(host.mpirun), "-np", str(launch.np), "--bind-to", "none", "--map-by", "slot:OVERSUBSCRIBE",

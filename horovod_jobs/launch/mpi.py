@@ -28,6 +28,9 @@ SHORT_QUEUES: Mapping[str, str] = {"btl_tcp_sndbuf": "131072", "btl_tcp_rcvbuf":
 # A ring over two hosts has one connection for both directions: acknowledgements would wait behind data.
 TWO_LINKS: Mapping[str, str] = {"btl_tcp_links": "2"}
 
+# ULFM: who talks to a rank that has died gets an error, and mpirun does not end the others.
+OUTLIVE_RANKS = ("--with-ft", "ulfm")
+
 
 def over_hosts(*, hosts: int | None, servers: bool, own: Collection[str] = ()) -> dict[str, str]:
     """Settings of a world that is started over hosts.

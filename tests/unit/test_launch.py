@@ -17,7 +17,7 @@ from horovod_jobs.launch.base import Host, JobCommand, LaunchPlan
 from horovod_jobs.launch.local import plan, plan_job, start
 from horovod_jobs.launch.process import run_world
 
-HOST = Host(python="/venv/bin/python", mpirun="/venv/bin/mpirun", horovodrun="/venv/bin/horovodrun", has_mpi4py=True,
+HOST = Host(python="/venv/bin/python", mpirun="/venv/bin/mpirun", has_mpi4py=True,
             has_horovod=True, cores=8, is_root=False)  # fmt: skip
 ENVIRON = {"PATH": "/usr/bin", "HOME": "/home/me", "AWS_SECRET_ACCESS_KEY": "secret", "HOROVOD_CYCLE_TIME": "2",
            "OMPI_COMM_WORLD_RANK": "3",

@@ -19,7 +19,6 @@ from horovod_jobs.launch.hosts.checks import Checked, check
 from horovod_jobs.launch.hosts.hub import Station, run_stations
 from horovod_jobs.launch.hosts.judging import Wanted
 from horovod_jobs.launch.in_rank import DIRECTORY_VARIABLE
-from horovod_jobs.launch.local import OUTLIVE_RANKS
 from horovod_jobs.launch.process import run_world
 
 _LINE = re.compile(r"^(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)(?:\s*:\s*(?P<colon>\d+)|\s+slots\s*=\s*(?P<slots>\d+))?$")
@@ -158,7 +157,7 @@ def plan_job(launch: LaunchConfig, *, job: JobCommand, host: Host, environ: Mapp
         return replace(base, argv=command, files={"on each host, by ssh": _shown(launch, base)})
     settings = mpi.over_hosts(hosts=len(hosts), servers=job.has_servers, own=launch.env)
     mpirun = _mpirun(launch, base, mpirun=str(host.mpirun), settings=settings)
-    survive = OUTLIVE_RANKS if job.outlives_ranks and host.has_ulfm else ()
+    survive = mpi.OUTLIVE_RANKS if job.outlives_ranks and host.has_ulfm else ()
     return replace(base, argv=[*mpirun, *survive, *command])
 
 

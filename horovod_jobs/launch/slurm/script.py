@@ -14,7 +14,6 @@ from horovod_jobs.errors import ConfigError, SetupError
 from horovod_jobs.launch import mpi
 from horovod_jobs.launch.base import Host, JobCommand
 from horovod_jobs.launch.in_rank import COMMAND_VARIABLE
-from horovod_jobs.launch.local import OUTLIVE_RANKS
 
 # What a node sets for itself; it must not come from the host that submits.
 _OWN = ("HOSTNAME", "TMPDIR", "TERM", "COLUMNS", TERMINAL_VARIABLE)
@@ -170,7 +169,7 @@ def _start_line(launch: LaunchConfig, *, host: Host, settings: Mapping[str, str]
         return f'{shlex.join(words)} {rank} "${{arguments[@]}}"'
     mpirun = [str(host.mpirun), "-np", str(launch.np), "--map-by", "slot", "--bind-to", "none"]
     mpirun += mpi.options(settings)
-    mpirun += OUTLIVE_RANKS if outlives_ranks else ()
+    mpirun += mpi.OUTLIVE_RANKS if outlives_ranks else ()
     return f'{shlex.join(mpirun)} {rank} "${{arguments[@]}}"'
 
 

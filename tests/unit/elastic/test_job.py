@@ -24,9 +24,7 @@ from horovod_jobs.launch.elastic.discovery import Fixed
 from horovod_jobs.launch.elastic.job import _first_host, plan
 from horovod_jobs.launch.elastic.spawn import LocalSpawner, MixedSpawner, Process, SshSpawner
 
-HOST = Host(
-    python="/venv/bin/python", mpirun=None, horovodrun=None, has_mpi4py=False, has_horovod=True, cores=8, is_root=False
-)
+HOST = Host(python="/venv/bin/python", mpirun=None, has_mpi4py=False, has_horovod=True, cores=8, is_root=False)
 JOB = JobCommand("job", ("fit.epochs=1", "launch=none"), ("horovod-jobs",), {"run": {"root": "out", "id": None}})
 LOCAL = LaunchConfig(kind="local", np=2)
 TICKET = Ticket(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from horovod_jobs.launch.base import Host, JobCommand
 
-HOST = Host(python="/venv/bin/python", mpirun="/venv/bin/mpirun", horovodrun="/venv/bin/horovodrun", has_mpi4py=True,
+HOST = Host(python="/venv/bin/python", mpirun="/venv/bin/mpirun", has_mpi4py=True,
             has_horovod=True, cores=8, is_root=False)  # fmt: skip
 ENVIRON = {"PATH": "/usr/bin", "HOME": "/home/me", "HOSTNAME": "login", "TMPDIR": "/tmp/me", "AWS_SECRET_ACCESS_KEY": "secret",
            "HOROVOD_CYCLE_TIME": "2", "LC_ALL": "C", "OMPI_MCA_pml": "ucx", "MY_TOKEN": "hidden-value"}  # fmt: skip

@@ -43,11 +43,11 @@ class Job:
 
 
 def register_schema() -> None:
-    """Put the schema where Hydra finds it: ``job_schema`` for the root, ``stage/<kind>_schema`` for each stage kind."""
+    """Put the schema where Hydra finds it: ``job_schema`` for the root, ``stage/schema/<kind>`` for each stage kind."""
     store = ConfigStore.instance()
     store.store(name="job_schema", node=JobConfig)
     for kind, cls in STAGES.items():
-        store.store(group="stage", name=f"{kind}_schema", node=cls)
+        store.store(group="stage/schema", name=kind, node=cls)
 
 
 def resolve(cfg: DictConfig) -> Job:

@@ -16,6 +16,7 @@ from pathlib import Path
 _SEARCH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
 _NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
 _START_LIMIT_S = 40.0
+_CONTROLLER = ("slurmctld", "-D", "-i")
 
 # cons_tres counts processors, so that two ranks are two of them; a partition of higher tier preempts by requeueing.
 _CONFIG = """
@@ -66,9 +67,10 @@ def why_not() -> str | None:
 
 @dataclass(frozen=True)
 class Cluster:
-    """A running Slurm of one node."""
+    """A running Slurm of one node: its files, and its daemons by name."""
 
     directory: Path
+    daemons: dict[str, subprocess.Popen[bytes]]
 
     def environment(self) -> dict[str, str]:
         """This process's environment, with the private configuration."""
@@ -85,6 +87,14 @@ class Cluster:
         """A field of ``scontrol show job``."""
         words = self.run("scontrol", "show", "job", "-o", job).split()
         return next(word.partition("=")[2] for word in words if word.startswith(f"{name}="))
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """Without the controller while the body runs; jobs go on, and it knows them when it is back."""
+        _end(self.daemons.pop("slurmctld"))
+        yield
+        self.daemons["slurmctld"] = _daemon(self, _CONTROLLER, "slurmctld-out")
+        _until(lambda: self.run("sinfo", "-h", "-o", "%T", check=False).strip() != "", self, "an answer of slurmctld")
 
     def logs(self) -> str:
         """The ends of the daemons' logs, for a failing test's message."""
@@ -107,7 +117,7 @@ def _program(name: str) -> str:
 def cluster() -> Iterator[Cluster]:
     """Start the three daemons, wait until the node is idle, and end them with every job."""
     with tempfile.TemporaryDirectory(prefix="horovod-jobs-slurm-") as text:
-        made = Cluster(Path(text))
+        made = Cluster(Path(text), {})
         os.chmod(text, 0o755)  # munge refuses a socket below a directory that others may not enter.
         ctld_port, slurmd_port = _free_ports(2)
         (made.directory / "state").mkdir()
@@ -121,30 +131,33 @@ def cluster() -> Iterator[Cluster]:
         key = made.directory / "munge.key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o600)
-        daemons: list[subprocess.Popen[bytes]] = []
         try:
             munge = ["munged", "--foreground", f"--socket={text}/munge.socket", f"--key-file={key}"]
             munge += [f"--pid-file={text}/munge.pid", f"--seed-file={text}/munge.seed", f"--log-file={text}/munge.log"]
-            daemons.append(_daemon(made, munge, "munged"))
-            _until(lambda: (made.directory / "munge.socket").exists(), made, daemons, "munged's socket")
-            daemons.append(_daemon(made, ("slurmctld", "-D", "-i"), "slurmctld-out"))
-            daemons.append(_daemon(made, ("slurmd", "-D"), "slurmd-out"))
-            _until(lambda: "idle" in made.run("sinfo", "-h", "-o", "%T", check=False), made, daemons, "an idle node")
+            made.daemons["munged"] = _daemon(made, munge, "munged")
+            _until(lambda: (made.directory / "munge.socket").exists(), made, "munged's socket")
+            made.daemons["slurmctld"] = _daemon(made, _CONTROLLER, "slurmctld-out")
+            made.daemons["slurmd"] = _daemon(made, ("slurmd", "-D"), "slurmd-out")
+            _until(lambda: "idle" in made.run("sinfo", "-h", "-o", "%T", check=False), made, "an idle node")
             yield made
             _end_jobs(made)
         finally:
-            for daemon in reversed(daemons):
-                daemon.terminate()
-            for daemon in reversed(daemons):
-                try:
-                    daemon.wait(timeout=15)
-                except subprocess.TimeoutExpired:
-                    daemon.kill()
-                    daemon.wait()
+            for name in ("slurmd", "slurmctld", "munged"):
+                if name in made.daemons:
+                    _end(made.daemons[name])
+
+
+def _end(daemon: subprocess.Popen[bytes]) -> None:
+    daemon.terminate()
+    try:
+        daemon.wait(timeout=15)
+    except subprocess.TimeoutExpired:
+        daemon.kill()
+        daemon.wait()
 
 
 def _daemon(made: Cluster, argv: Sequence[str], log: str) -> subprocess.Popen[bytes]:
-    with (made.directory / f"{log}.log").open("wb") as output:
+    with (made.directory / f"{log}.log").open("ab") as output:
         return subprocess.Popen(
             [_program(argv[0]), *argv[1:]],
             env=made.environment(),
@@ -155,10 +168,10 @@ def _daemon(made: Cluster, argv: Sequence[str], log: str) -> subprocess.Popen[by
         )
 
 
-def _until(look: Callable[[], bool], made: Cluster, daemons: Sequence[subprocess.Popen[bytes]], what: str) -> None:
+def _until(look: Callable[[], bool], made: Cluster, what: str) -> None:
     deadline = time.monotonic() + _START_LIMIT_S
     while not look():
-        if time.monotonic() > deadline or any(daemon.poll() is not None for daemon in daemons):
+        if time.monotonic() > deadline or any(daemon.poll() is not None for daemon in made.daemons.values()):
             raise RuntimeError(f"no {what} within {_START_LIMIT_S:g} s\n{made.logs()}")
         time.sleep(0.1)
 

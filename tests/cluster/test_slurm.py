@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -109,6 +111,24 @@ def test_a_warning_puts_the_job_back_and_it_finishes_by_itself(slurm: Cluster, t
     done = finish(process, tmp_path)
     assert done.code == 0, done.text
     went_on(slurm, done, job, tmp_path)
+
+
+def test_a_controller_that_is_away_at_the_end_of_an_attempt_is_waited_for(slurm: Cluster, tmp_path: Path) -> None:
+    process = start(slurm, *LONG, cwd=tmp_path)
+    at_work(process, tmp_path)
+    job = submitted(slurm, tmp_path)
+    batch = int(slurm.run("scontrol", "listpids", job).split("\n")[1].split()[0])
+    with slurm.away():
+        os.kill(batch, signal.SIGUSR1)
+        wait_for(lambda: "Slurm does not answer" in output(tmp_path), what="the batch script to ask", timeout_s=LIMIT_S)
+    at_once(slurm, job)
+    done = finish(process, tmp_path)
+    assert done.code == 0, done.text
+    went_on(slurm, done, job, tmp_path)
+
+
+def output(cwd: Path) -> str:
+    return "".join(path.read_text() for path in cwd.glob("slurm/*.out"))
 
 
 def at_once(slurm: Cluster, job: str) -> None:

@@ -41,14 +41,28 @@ if [ "$code" -eq 0 ] && [ ! -e "$mark" ]; then  # srun gives 0 where it could no
 fi
 rm -f "$mark"
 
+put_back() {  # Slurm's controller may be away for a while: a restart, or another host takes over.
+  tries=0
+  while [ "$tries" -lt 60 ]; do
+    if state=$(squeue --noheader --jobs="$job" --format=%%T 2>&1); then
+      case $state in
+        RUNNING|PREEMPTED)
+          echo "horovod-jobs: attempt $((attempt + 1)) ended with a checkpoint; the job goes back into the queue"
+          if scontrol requeue "$job"; then return; fi ;;
+        *) state=${state:-gone}; break ;;
+      esac
+    fi
+    case $state in *"Invalid job id"*) state=gone; break ;; esac
+    if [ "$tries" -eq 0 ]; then echo "horovod-jobs: Slurm does not answer ($state); asking again for ten minutes"; fi
+    tries=$((tries + 1))
+    sleep 10
+  done
+  echo "horovod-jobs: the job is $state and is not put back into the queue; the same command goes on from the checkpoint"
+}
+
 attempt=${SLURM_RESTART_COUNT:-0}
 if [ "$code" -eq %(again)d ] && [ "$attempt" -lt %(requeues)d ]; then
-  state=$(squeue --noheader --jobs="$job" --format=%%T 2>/dev/null)
-  case $state in
-    RUNNING|PREEMPTED) echo "horovod-jobs: attempt $((attempt + 1)) ended with a checkpoint; the job goes back into the queue"
-      scontrol requeue "$job" ;;
-    *) echo "horovod-jobs: the job is ${state:-gone} and is not put back into the queue" ;;
-  esac
+  put_back
 elif [ "$code" -eq %(again)d ]; then
   echo "horovod-jobs: stopped with a checkpoint after $attempt requeues (launch.slurm.requeues=%(requeues)d); the same command goes on"
 fi

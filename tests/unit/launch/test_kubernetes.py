@@ -81,7 +81,7 @@ def test_the_manifests_with_everything(kind: str) -> None:
     golden(f"{kind}_full.yaml", render(kind, FULL, env=["MY_TOKEN"]))
 
 
-def test_the_manifests_of_an_elastic_job() -> None:
+def elastic_manifests() -> str:
     """The launcher runs the driver: it reads the operator's discovery script, and starts ranks on the workers by ssh."""
     launch = LaunchConfig(kind="mpijob", np=4, kubernetes=plain(), elastic=ElasticConfig(min_np=2, reset_limit=3))
     config = {
@@ -91,7 +91,11 @@ def test_the_manifests_of_an_elastic_job() -> None:
     assert manifests.is_elastic(config)
     command = JobCommand("main", (), ("horovod-jobs", "strategy=elastic"), config)
     (text,) = mpijob.plan_job(launch, job=command, host=HOST, environ=ENVIRON).files.values()
-    golden("mpijob_elastic.yaml", text)
+    return text
+
+
+def test_the_manifests_of_an_elastic_job() -> None:
+    golden("mpijob_elastic.yaml", elastic_manifests())
 
 
 # --- held to the schemas of those who read them ------------------------------------------------------------------------------
@@ -148,6 +152,8 @@ def every_manifest() -> Iterator[tuple[str, dict[str, Any]]]:
         for label, config in (("plain", None), ("full", FULL), ("gang", plain(gang="coscheduling"))):
             for name, manifest in rendered(kind, config).items():
                 yield f"{kind}-{label}-{name}", manifest
+    for manifest in yaml.safe_load_all(elastic_manifests()):
+        yield f"mpijob-elastic-{manifest['kind']}", manifest
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -155,23 +156,41 @@ class Console:
 class EventLog:
     """Facts as JSON lines in ``<run>/events.jsonl``; rank 0 writes, others hold one without a path.
 
+    On a full disk they wait for room: the job ends where all ranks agree on it, at the next thing that it cannot do without.
+
     ``echo``: the same lines on standard error.
     """
 
     def __init__(self, path: Path | None, *, echo: bool = False) -> None:
-        self._stream = path.open("a", encoding="utf-8", buffering=1) if path else None
+        self._stream = path.open("ab", buffering=0) if path else None
         self._echo = echo
+        self._waiting = bytearray()
 
     def emit(self, event: str, **fields: Any) -> None:
         if self._stream is not None:
             line = json.dumps({"time": round(time.time(), 3), "event": event, **fields})
-            self._stream.write(line + "\n")
+            self._waiting += line.encode() + b"\n"
+            with contextlib.suppress(OSError):
+                while self._waiting:
+                    del self._waiting[: self._stream.write(self._waiting)]
             if self._echo:
                 _say(line)
 
     def close(self) -> None:
         if self._stream is not None:
             self._stream.close()
+
+
+class _LogFile(logging.FileHandler):
+    """A rank's log. A full disk does not end the job here, as for events; Python would tell each line's error with a traceback."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # What it could not write it tries once more.
+            super().close()
 
 
 @contextmanager
@@ -181,7 +200,7 @@ def logging_to(directory: Path, *, rank: int, level: str) -> Iterator[logging.Lo
     logger.propagate = False
     before = logger.level
     logger.setLevel(level.upper())
-    handlers: list[logging.Handler] = [logging.FileHandler(directory / f"rank-{rank}.log", encoding="utf-8")]
+    handlers: list[logging.Handler] = [_LogFile(directory / f"rank-{rank}.log", encoding="utf-8")]
     handlers[0].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     if rank == 0:
         handlers.append(_console_handler())

@@ -60,7 +60,7 @@ class Pulse:
         stall_limit_s: the same for a wait in which every rank gives signs of life; None: never.
         ended_limit_s: the same for a rank that has ended by itself, which in the middle of a run is an error of its own; None: never,
             where the world is about to be made anew without it.
-        end: called in this thread with the error and the silent ranks; must not return.
+        end: called in this thread with the error and the ranks that cannot tell it themselves; must not return.
         servers: ranks that are not in the world and that this one waits for all the same.
         tell: hears every ``TELL_BEATS`` beats how many ranks there are and which of them are silent.
     """
@@ -182,9 +182,10 @@ class Pulse:
             return
         self._others.look(now)
         silent = self._others.silent(now, limit_s=self._silent_limit_s)
-        error = self._verdict(silent)
-        if error is None:
+        found = self._verdict(silent)
+        if found is None:
             return
+        error, missing = found
         with contextlib.suppress(OSError):
             (self._directory / _ALARM).write_text(f"rank {self._world.rank} after {self._beat} beats", encoding="utf-8")
         self._dump()
@@ -193,28 +194,28 @@ class Pulse:
         self._wait.look(self._watched, self._console.now, now=time.monotonic())
         if self._wait.name != label or self._wait.seconds < least_s or self._over.is_set():
             return  # It came after all.
-        self._end(error, silent)
+        self._end(error, missing)
 
-    def _verdict(self, silent: list[int]) -> WorldError | None:
+    def _verdict(self, silent: list[int]) -> tuple[WorldError, list[int]] | None:
+        """Why the job is over, and the ranks that cannot say so: they are silent, or at work on something else."""
         waits = f"rank {self._world.rank} has waited in {self._wait.name!r} for {self._wait.seconds:.0f} s"
         files = f"stacks of the ranks that can still write are in {self._logs}/stacks-*.txt"
         goes_on = "the same command goes on from the last checkpoint"
         if silent and self._silent_limit_s is not None and self._wait.seconds > self._silent_limit_s:
             names = ", ".join(self._others.describe(rank) for rank in silent)
-            return WorldError(
+            text = (
                 f"{waits}, and {names} gave no sign of life for {self._silent_limit_s:g} s (run.silent_limit_s): stopped, cut off, or "
                 f"its host is down; {files}; {goes_on}"
             )
+            return WorldError(text), silent
         ended = self._others.ended()
         if ended and self._ended_limit_s is not None and self._wait.seconds > self._ended_limit_s:
             names = " and ".join(self._others.describe(rank) for rank in ended)
-            return WorldError(
-                f"{waits}, and {names} has ended with an error of its own, which its log tells; {goes_on}"
-            )
+            text = f"{waits}, and {names} has ended with an error of its own, which its log tells; {goes_on}"
+            return WorldError(text), silent
         if self._stall_limit_s is not None and self._wait.seconds > self._stall_limit_s:
-            return WorldError(
-                f"{waits} (run.stall_limit_s={self._stall_limit_s:g}), and the others are: {self._others.doing()}; {files}; {goes_on}"
-            )
+            text = f"{waits} (run.stall_limit_s={self._stall_limit_s:g}), and the others are: {self._others.doing()}; {files}; {goes_on}"
+            return WorldError(text), self._others.at_work()
         return None
 
 
@@ -330,6 +331,10 @@ class Others:
     def ended(self) -> list[int]:
         """Ranks that have said that they have ended."""
         return [rank for rank in self.ranks if self._signs.get(rank, {}).get("ended")]
+
+    def at_work(self) -> list[int]:
+        """Ranks that wait for nobody."""
+        return [rank for rank in self.ranks if rank in self._signs and not self._signs[rank]["waiting_in"]]
 
     def describe(self, rank: int) -> str:
         sign = self._signs.get(rank)

@@ -67,19 +67,19 @@ def locked(path: Path, *, busy: str) -> Iterator[None]:
     """
     with storage_errors("lock", path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        stream = path.open("a+", encoding="utf-8")
+        stream = path.open("a+b", buffering=0)
     with stream:
         if not _take(stream):
             stream.seek(0)
-            raise StorageError(busy.format(holder=stream.read().strip() or "unknown"))
-        stream.truncate(0)
-        stream.write(f"process {os.getpid()} on {os.uname().nodename}")
-        stream.flush()
+            raise StorageError(busy.format(holder=stream.read().decode().strip() or "unknown"))
+        with storage_errors("lock", path):
+            stream.truncate(0)
+            stream.write(f"process {os.getpid()} on {os.uname().nodename}".encode())
         yield
         stream.truncate(0)
 
 
-def _take(stream: IO[str]) -> bool:
+def _take(stream: IO[bytes]) -> bool:
     """Lock a file, or give up after a moment: whoever only asks whether it is held (``is_locked``) holds it for as long as that takes."""
     for attempt in range(4):
         if attempt:

@@ -23,7 +23,7 @@ EXACT = {
     "onebit": ("strategy=onebit", "strategy.compression.min_elements=100"),
     "qsgd": ("strategy=qsgd", "strategy.compression.min_elements=100"),
     "powersgd": ("strategy=powersgd", "strategy.compression.min_elements=100"),
-    "local_sgd": ("strategy=local_sgd",),
+    "local_sgd": ("strategy=local_sgd", "fit.sync_batchnorm=false"),
     "colocated": (*SERVERS, "strategy.servers=colocated"),
     "dedicated": (*SERVERS, "launch.np=3"),
 }

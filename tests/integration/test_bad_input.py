@@ -300,6 +300,14 @@ def test_a_full_disk_publishes_nothing_and_goes_on_when_there_is_room(where: str
         assert weights(disk, store="store") == weights(tmp_path, store="whole"), "as if nothing had happened"
 
 
+def test_a_disk_without_room_for_the_run_itself(forks: Forks, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    with small_disk(disk, options="size=200k"):
+        fill(disk, leave=0)
+        done = forks.run(*TINY, f"run.root={disk}/runs", cwd=tmp_path)
+        check(done, code=6, pattern=r"cannot lock .*No space left on device.*free some space")
+
+
 def test_a_full_disk_ends_every_rank(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     with small_disk(disk, options="size=200k"):

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -71,29 +72,39 @@ def test_a_job_outlives_a_schedule_of_faults(tmp_path: Path, untouched: dict[str
     assert left_behind(tmp_path) == []
 
 
-@pytest.mark.parametrize(
-    ("controller", "fault", "lost", "message"),
-    [
-        ("mpi", "stop", 0, r"rank 1 has waited in '[a-z.]+' for \d+ s, and rank 0 \(host \S+, pid \d+\) gave no sign of life for 4 s"),
-        ("gloo", "hang", 1, r"rank 0 has waited in '[a-z.]+' for \d+ s \(run.stall_limit_s=8\), and the others are: rank 1 \(.*\) at work"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("controller", "fault", "lost"), [("mpi", "stop", 0), ("gloo", "hang", 1)])
 def test_a_rank_that_does_not_come_is_named_with_every_stack(
-    controller: str, fault: str, lost: int, message: str, tmp_path: Path
+    controller: str, fault: str, lost: int, tmp_path: Path
 ) -> None:
+    """The other two: tests/cluster/test_fault_matrix."""
+    named_with_every_stack(controller, fault, lost=lost, directory=tmp_path)
+
+
+def named_with_every_stack(controller: str, fault: str, *, lost: int, directory: Path) -> None:
+    """One of two ranks is stopped (``stop``) or works and never comes (``hang``): the watchdog ends the job within its limits."""
     world = (*WORLD, f"launch.controller={controller}")
-    done = run(*LONG, *world, *SOAK[1:], "run.id=one", "chaos=kills", schedule((fault, lost, 30)), cwd=tmp_path)
+    done = run(*LONG, *world, *SOAK[1:], "run.id=one", "chaos=kills", schedule((fault, lost, 30)), cwd=directory)
+    (struck,) = strikes(directory / "runs" / "chaos.jsonl")
+    assert (struck["fault"], struck["rank"], struck["step"]) == (fault, lost, 30)
     assert done.code == 9, done.text
     assert "Traceback" not in done.err, done.text
-    told = manifest(tmp_path, run="one")  # By whoever is left, where rank 0 is lost.
+    told = manifest(directory, run="one")  # By whoever is left, where rank 0 is lost.
     assert (told["status"], told["exit_code"]) == ("failed", 9)
-    assert re.search(message, told["error"]), told["error"]
+    who = rf"rank {lost} \(host \S+, pid {struck['pid']}\)"
+    message = {
+        "stop": rf"for \d+ s, and {who} gave no sign of life for 4 s",
+        "hang": rf"for \d+ s \(run.stall_limit_s=8\), and the others are: {who} at work",
+    }[fault]
+    assert re.search(rf"rank {1 - lost} has waited in '[a-z.]+' {message}", told["error"]), told["error"]
     assert told["error"] in done.err
-    logs = tmp_path / "runs" / "one" / "logs"
+    ended = datetime.fromisoformat(told["ended_at"]).timestamp()  # A whole second.
+    assert ended - struck["time"] < 30, "the limit, a beat, two for the stacks, and a machine that does other things"
+    logs = directory / "runs" / "one" / "logs"
     assert "horovod_jobs/comm/" in (logs / f"stacks-{1 - lost}.txt").read_text()
     if fault == "hang":  # It runs, so it can say where.
         assert "chaos.py" in (logs / f"stacks-{lost}.txt").read_text()
-        assert events(tmp_path, run="one")[-1]["event"] == "job_end"
+    if lost != 0:  # Rank 0 writes them.
+        assert events(directory, run="one")[-1]["event"] == "job_end"
 
 
 def test_three_ranks_end_in_the_same_weights_where_that_is_asked_for(tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ def pulse(world: World, run_dir: Path, ended: list[Any], **limits: float | None)
 
 
 @pytest.mark.parametrize(
-    ("limits", "silent", "message"),
+    ("limits", "missing", "message"),
     [
         (
             {"silent_limit_s": 0.3, "stall_limit_s": None},
@@ -188,13 +188,13 @@ def pulse(world: World, run_dir: Path, ended: list[Any], **limits: float | None)
         ),
         (
             {"silent_limit_s": None, "stall_limit_s": 0.3},
-            [],
+            [1],
             r"waited in 'fit.control' .*run.stall_limit_s=0.3.* rank 1 .*a, pid 7\) at work",
         ),
     ],
 )
 def test_a_wait_without_end_ends_the_job(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limits: dict[str, float | None], silent: list[int], message: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limits: dict[str, float | None], missing: list[int], message: str
 ) -> None:
     monkeypatch.setattr("horovod_jobs.pulse.waiting_in", lambda thread: ("fit.control", 1))
     (tmp_path / "ranks").mkdir()
@@ -206,7 +206,7 @@ def test_a_wait_without_end_ends_the_job(
     running.stop()
     with pytest.raises(WorldError, match=message):
         raise ended[0][0]
-    assert ended[0][1] == silent
+    assert ended[0][1] == missing, "who cannot tell it"
     stacks = (tmp_path / "logs" / "stacks-0.txt").read_text()
     assert "test_a_wait_without_end_ends_the_job" in stacks
     assert (tmp_path / "ranks" / "alarm").exists()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from horovod_jobs.comm.connect import rank_hint
+from horovod_jobs.errors import WorldError
 from horovod_jobs.launch.base import usable_cores
 
 DIRECTORY_VARIABLE = "HOROVOD_JOBS_LAUNCH_DIR"
@@ -30,6 +32,12 @@ def record_exit(code: int) -> bool:
         (Path(directory) / f"exit-{rank_hint():06d}").write_text(str(code))
         return True
     return False
+
+
+def code_of_all(codes: Iterable[int]) -> int:
+    """The job's exit code, by those that its ranks have told, lowest rank first: who missed a rank comes after a rank's own error."""
+    failed = sorted((code for code in codes if code), key=lambda code: code == WorldError.exit_code)
+    return failed[0] if failed else 0
 
 
 def record_lost(rank: int) -> None:

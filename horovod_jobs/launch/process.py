@@ -16,7 +16,7 @@ from types import FrameType
 
 from horovod_jobs.errors import WorldError
 from horovod_jobs.launch.base import LaunchPlan
-from horovod_jobs.launch.in_rank import DIRECTORY_VARIABLE
+from horovod_jobs.launch.in_rank import DIRECTORY_VARIABLE, code_of_all
 
 _LOOK_S = 0.1  # between two looks at the ranks
 _LEAVE_S = 15.0  # for the ranks to end after one has failed: a stopped one never does, and mpirun may have been told to bear losses
@@ -65,8 +65,7 @@ def run_world(
         codes = {path.name.removeprefix("exit-"): int(path.read_text()) for path in sorted(place.glob("exit-*"))}
         begun = any(place.glob("pid-*"))
         lost = {path.name.removeprefix("lost-") for path in place.glob("lost-*")}
-    failed = [value for rank, value in codes.items() if value and rank not in lost]
-    failed.sort(key=lambda value: value == WorldError.exit_code)  # Who missed a rank comes after the rank's own error.
+    failed = code_of_all(value for rank, value in codes.items() if rank not in lost)
     if lost and not failed and 0 in codes.values():
         return 0  # The others went on without those, and came to the end.
     if not failed and code not in (0, *_AGREED) and stopper.asked:
@@ -83,7 +82,7 @@ def run_world(
                 file=sys.stderr,
             )
         return WorldError.exit_code  # A rank was ended from outside, by a signal or by MPI; the launcher has named it.
-    return failed[0] if failed else (128 - code if code < 0 else code)
+    return failed or (128 - code if code < 0 else code)
 
 
 def _die_with_parent() -> None:

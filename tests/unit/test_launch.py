@@ -13,6 +13,7 @@ import pytest
 
 from horovod_jobs.config import LaunchConfig
 from horovod_jobs.errors import ConfigError, SetupError
+from horovod_jobs.launch import in_rank
 from horovod_jobs.launch.base import Host, JobCommand, LaunchPlan
 from horovod_jobs.launch.local import plan, plan_job, start
 from horovod_jobs.launch.process import run_world
@@ -96,6 +97,15 @@ def world_of(script: str) -> LaunchPlan:
 )
 def test_the_exit_code_is_the_jobs(script: str, code: int) -> None:
     assert run_world(world_of(script), grace_s=1.0) == code
+
+
+@pytest.mark.parametrize(
+    ("codes", "code"),
+    [((), 0), ((0, 0), 0), ((0, 75), 75), ((3, 8), 3), ((9, 8), 8), ((9, 0, 9), 9)],
+    ids=["none", "all well", "one stopped", "the lowest rank", "its own error", "only missed"],
+)
+def test_the_code_of_all_ranks(codes: tuple[int, ...], code: int) -> None:
+    assert in_rank.code_of_all(codes) == code
 
 
 def test_what_mpirun_keeps_is_removed_even_if_it_was_killed(tmp_path: Path) -> None:

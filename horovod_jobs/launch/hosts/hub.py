@@ -21,6 +21,7 @@ from typing import Any
 from horovod_jobs.errors import SetupError, WorldError
 from horovod_jobs.launch.hosts import station
 from horovod_jobs.launch.hosts.checks import BOOTSTRAP
+from horovod_jobs.launch.in_rank import code_of_all
 
 _OTHERS_S = 3.0  # after a rank has failed: time for the others to end by themselves
 _INSIST_S = 5.0  # between SIGTERM and SIGKILL
@@ -52,8 +53,8 @@ def run_stations(stations: Sequence[Station], *, grace_s: float, keepalive_s: fl
 
     A host that hears nothing from here for four times ``keepalive_s`` ends its ranks: it has been cut off.
 
-    The code is that of the lowest rank that wrote one down other than 0, or else that of the first rank that failed; 9 where a
-    signal ended it or its host was lost.
+    The code is what the ranks have told (``in_rank.code_of_all``), or else that of the first rank that failed; 9 where a signal ended it
+    or its host was lost.
 
     Raises:
         SetupError: a host cannot start the ranks.
@@ -121,9 +122,8 @@ class _Hub:
                 self._take(*self._reports.get(timeout=0.1))
         if self._refused:
             raise SetupError(self._refused)
-        told = [code for _, code in sorted(self._told.items()) if code]
-        if told:
-            return told[0]
+        if told := code_of_all(code for _, code in sorted(self._told.items())):
+            return told
         if self._failed is not None and self.asked:
             return 128 + self.asked
         if self._lost or (self._failed or 0) > 128:

@@ -7,7 +7,7 @@ Horovod's cycle in front) takes
 
 where ``crowd`` is the number of hosts that share a core: 1 on hosts of their own.
 
-A step is a walk through time: tensors become ready at known moments of the backward pass; at each of Horovod's cycles those that are
+A step is a walk through time: tensors become ready at known moments of the backward pass; at each of Horovod's cycles, and when the rank comes to wait, those that are
 ready are fused, up to a threshold, into messages that are exchanged one after the other; compute and an exchange under way slow
 each other where they share cores.
 """
@@ -24,7 +24,7 @@ from scipy.optimize import least_squares, nnls  # type: ignore[import-untyped]
 from horovod_jobs.strategy.allreduce import Allreduce
 
 DEFAULT_FUSION_BYTES = int(Allreduce().environment()["HOROVOD_FUSION_THRESHOLD"])
-DEFAULT_CYCLE_S = 0.001  # Horovod's
+DEFAULT_CYCLE_S = 0.005  # As launch/horovod-0.28.1.fixes sets it
 
 
 @dataclass(frozen=True)
@@ -143,12 +143,13 @@ def step_s(
         arrived = [item for item in waiting if item[1] <= done + 1e-12 or not computing]
         waiting = waiting[len(arrived) :]
         if arrived and not left and not queue:
-            # The cycle after the first of them takes up what is ready by then.
-            more = [item for item in waiting if item[1] <= done + cycle_s]
+            # The cycle after the first of them takes up what is ready by then; where the rank has come to wait, it begins at once.
+            until_cycle = min(cycle_s, work.backward_end_s - done)
+            more = [item for item in waiting if item[1] <= done + until_cycle]
             waiting = waiting[len(more) :]
             arrived += more
-            now += cycle_s
-            done = min(done + cycle_s, work.backward_end_s)
+            now += until_cycle
+            done += until_cycle
         queue += [size for size, _ in arrived]
         if not arrived and not exchanging and work.backward_end_s - done < 1e-12:
             done = work.backward_end_s

@@ -57,7 +57,7 @@ class _Direct:
 def _direct_channel(controller: str, roles: Roles | None) -> Any:
     """An MPI communicator for small blocking reductions, or None.
 
-    Horovod answers at its cycle time (about 1 ms), which synchronised batch norm would pay twice a layer; MPI itself takes
+    Horovod answers in a cycle of its background threads, which synchronised batch norm would pay twice a layer; MPI itself takes
     microseconds. All ranks use it or none does.
     """
     if controller != "mpi":

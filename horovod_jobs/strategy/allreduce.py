@@ -44,7 +44,7 @@ class Allreduce:
         num_groups: number of groups without tuning; 0 lets Horovod fuse what is ready at each cycle.
         fusion_mb: size of Horovod's fusion buffer in MiB: larger tensors travel where they lie, without a copy; None for Horovod's
             default (128).
-        cycle_time_ms: time between Horovod's cycles; None for its default (1 ms).
+        cycle_time_ms: time between Horovod's cycles while nobody waits for a collective; None for 5 ms, or 1 ms with parallel stages.
         balance: ``none``, or ``throughput``: each rank's share of the global batch follows its measured speed.
         balance_every: steps between looks at the speeds.
         hierarchical: sum inside each host, then between the hosts' leaders, and hand out inside each host; the same result.
@@ -123,6 +123,9 @@ class Allreduce:
             env["HOROVOD_FUSION_THRESHOLD"] = str(int(self.fusion_mb * 1024 * 1024))
         if self.cycle_time_ms is not None:
             env["HOROVOD_CYCLE_TIME"] = str(self.cycle_time_ms)
+        elif self.parallel_stages > 1:
+            # Ranks that compute are in every cycle of those that wait beside them for a stage of their own.
+            env["HOROVOD_CYCLE_TIME"] = "1.0"
         return env
 
     def bind(

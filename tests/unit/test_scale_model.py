@@ -14,6 +14,7 @@ from benchmarks import _published as published
 from benchmarks import scale_model
 from benchmarks._network_runs import ring_bound_s
 from benchmarks._scaling import (
+    DEFAULT_CYCLE_S,
     Costs,
     Exchange,
     Step,
@@ -75,9 +76,9 @@ def test_too_few_runs_are_refused() -> None:
         fit_exchange([Exchange(2, 100.0, MIB, 0.1)] * 3)
 
 
-def test_a_gradient_that_is_ready_at_the_end_hides_nothing() -> None:
+def test_a_gradient_that_is_ready_at_the_end_hides_nothing_and_waits_for_no_cycle() -> None:
     work = Work(ready=((1000, 1.0),), backward_end_s=1.0, update_s=0.25)
-    assert step_s(CALL_ONLY, work, hosts=2, rate_mbit=1000.0, cycle_s=0.01) == pytest.approx(1.0 + 0.01 + 0.1 + 0.25)
+    assert step_s(CALL_ONLY, work, hosts=2, rate_mbit=1000.0, cycle_s=0.01) == pytest.approx(1.0 + 0.1 + 0.25)
 
 
 def test_a_gradient_that_is_ready_early_is_hidden() -> None:
@@ -127,7 +128,7 @@ def test_a_step_is_between_full_overlap_and_none(
     each = [exchange_s(costs, size, hosts=hosts, rate_mbit=rate) for size, _ in work.ready]
     together = exchange_s(costs, sum(size for size, _ in work.ready), hosts=hosts, rate_mbit=rate)
     assert seconds >= max(work.total_s, together) - 1e-9
-    cycles = 0.001 * len(each)
+    cycles = DEFAULT_CYCLE_S * len(each)
     assert seconds <= (work.total_s + sum(each)) * (1 + slowed) + cycles + 1e-9
 
 

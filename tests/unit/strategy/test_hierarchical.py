@@ -29,3 +29,11 @@ def test_horovod_is_started_for_process_sets_only_where_they_are_wanted() -> Non
     assert name not in Allreduce().environment()
     assert Allreduce(hierarchical=True).environment()[name] == "1"
     assert Allreduce(parallel_stages=2).environment()[name] == "1"
+
+
+def test_cycles_stay_short_where_stages_run_side_by_side() -> None:
+    """A rank that waits in one stage has the ranks of the other in its cycles, and those compute."""
+    name = "HOROVOD_CYCLE_TIME"
+    assert name not in Allreduce().environment()
+    assert Allreduce(parallel_stages=2).environment()[name] == "1.0"
+    assert Allreduce(parallel_stages=2, cycle_time_ms=3.0).environment()[name] == "3.0"

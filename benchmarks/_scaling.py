@@ -7,9 +7,9 @@ Horovod's cycle in front) takes
 
 where ``crowd`` is the number of hosts that share a core: 1 on hosts of their own.
 
-A step is a walk through time: tensors become ready at known moments of the backward pass; at each of Horovod's cycles, and when the rank comes to wait, those that are
-ready are fused, up to a threshold, into messages that are exchanged one after the other; compute and an exchange under way slow
-each other where they share cores.
+A step is a walk through time: tensors become ready at known moments of the backward pass; at each of Horovod's cycles, and when
+the rank comes to wait, those that are ready are fused, up to a threshold, into messages that are exchanged one after the other;
+compute and an exchange under way slow each other where they share cores.
 """
 
 from __future__ import annotations

@@ -132,20 +132,9 @@ def test_a_wall_clock_that_jumps_ends_nothing(
     assert abs(json.loads(sign.read_text())["time"] - sign.stat().st_mtime) > 3000, "it has jumped"
 
 
-@pytest.mark.parametrize("kind", ["gloo", "parameter server"])
-def test_a_launcher_that_is_killed_leaves_no_rank(kind: str, tmp_path: Path) -> None:
-    """With MPI: test_interrupt."""
-    if kind == "gloo":
-        job = (*LONG, *WORLD, "launch.controller=gloo")
-    else:
-        job = (
-            *LONG,
-            "strategy=parameter_server",
-            "model.dropout=0",
-            "fit.sync_batchnorm=false",
-            "launch=local",
-            "launch.np=3",
-        )
+def test_a_launcher_of_gloo_that_is_killed_leaves_no_rank(tmp_path: Path) -> None:
+    """With MPI: test_interrupt. With other strategies: tests/cluster/test_fault_matrix.py."""
+    job = (*LONG, *WORLD, "launch.controller=gloo")
     running = start(*job, cwd=tmp_path)
     wait_for(lambda: any(entry["event"] == "checkpoint" for entry in events(tmp_path)), what="a checkpoint")
     running.process.kill()

@@ -21,13 +21,14 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from horovod_jobs import early
 from horovod_jobs.comm.connect import GLOO_REMEDY, connect, launched_by, rank_hint, take_role
 from horovod_jobs.comm.member import current, take_ticket
 from horovod_jobs.comm.roles import Roles, check_enough
 from horovod_jobs.comm.world import World
 from horovod_jobs.composing import composing_error
 from horovod_jobs.config import TrainStage
-from horovod_jobs.errors import ConfigError, JobError
+from horovod_jobs.errors import ConfigError, InterruptedByUser, JobError
 from horovod_jobs.instantiate import instantiate, is_node
 from horovod_jobs.interrupt import StopRequest
 from horovod_jobs.job import Job, register_schema, resolve
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 _GOODBYE_S = 10.0
 _composed = False  # Before a config is composed, only Hydra has run: its errors are about what the person typed.
 _world: World | None = None  # One world a process: the jobs of a multirun share it.
+_stop = StopRequest()  # The jobs of a multirun share it as well: who asks one of them to stop wants no other.
 _serves = False  # This rank holds parameters for the others and runs no job.
 
 
@@ -53,7 +55,10 @@ def conf_dir() -> str:
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Run the command (``__main__`` is the console script's entry point)."""
+    global _stop
+    early.arm()
+    _stop = StopRequest(told=in_rank.DIRECTORY_VARIABLE in os.environ)
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises; the message and the exit code are ours.
     register_schema()
     in_rank.register_rank()
@@ -63,8 +68,10 @@ def main() -> None:
         # --help, --cfg and warnings once, not once a rank; errors of this rank alone still go to stderr.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
-        take_ticket()
-        hydra.main(version_base="1.3", config_path=conf_dir(), config_name="config")(_task)()
+        # A rank notes a signal while it loads, and all stop together when they have met; an elastic one has a driver for that.
+        notes = take_ticket() is None and launched_by() != "none"
+        with _stop.installed() if notes else contextlib.nullcontext():
+            hydra.main(version_base="1.3", config_path=conf_dir(), config_name="config")(_task)()
         if code := finish_sweep():
             sys.exit(code)
     except (HydraException, OmegaConfBaseException) as error:
@@ -72,7 +79,7 @@ def main() -> None:
     except JobError as error:
         _fail(error)
     except KeyboardInterrupt:
-        _fail(None, code=130)
+        _fail(InterruptedByUser(early.said(signal.SIGINT)))
     except SystemExit:
         _flush()
         raise
@@ -158,7 +165,7 @@ def _run_here(job: Job) -> None:
             _serve(job, roles)
             return
         _world = connect(roles, outlives_ranks=_outlives_ranks(job))
-    with StopRequest().installed() as stop:
+    with _stop.installed() as stop:
         _show(_in_world(job, _world, stop, lambda error: False))
 
 

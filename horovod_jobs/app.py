@@ -281,7 +281,9 @@ def _show_plan(job: Job, world: World) -> None:
     from horovod_jobs.artifacts import ArtifactStore
     from horovod_jobs.console import result_console
     from horovod_jobs.planning import plan, prepare, table
+    from horovod_jobs.runner import check_place
 
+    world.main(lambda: check_place(job), name="plan.place")
     planned = plan(job, world, ArtifactStore(job.config.run.store), prepare(job, world))
     if world.is_main:
         result_console().print(table(planned))

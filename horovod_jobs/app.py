@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from horovod_jobs import early
+from horovod_jobs import early, sweeping
 from horovod_jobs.comm.connect import GLOO_REMEDY, connect, launched_by, rank_hint, take_role
 from horovod_jobs.comm.member import current, take_ticket
 from horovod_jobs.comm.roles import Roles, check_enough
@@ -70,7 +70,7 @@ def main() -> None:
     try:
         # A rank notes a signal while it loads, and all stop together when they have met; an elastic one has a driver for that.
         notes = take_ticket() is None and launched_by() != "none"
-        with _stop.installed() if notes else contextlib.nullcontext():
+        with _stop.installed() if notes else contextlib.nullcontext(), sweeping.checked():
             hydra.main(version_base="1.3", config_path=conf_dir(), config_name="config")(_task)()
         if code := finish_sweep():
             sys.exit(code)
@@ -99,7 +99,7 @@ def _task(cfg: DictConfig) -> None:
     try:
         _job(cfg)
     except JobError as error:
-        _fail(error)  # Here and not in main: Hydra would print a line of its own about any exception.
+        _fail(sweeping.of_job(error))  # Here and not in main: Hydra would print a line of its own about any exception.
 
 
 def _job(cfg: DictConfig) -> None:
@@ -111,6 +111,7 @@ def _job(cfg: DictConfig) -> None:
             raise ConfigError(GLOO_REMEDY)
         code = start(job.config.launch, job=_job_command(job), elastic=_is_elastic(job))
         if code != 0:
+            sweeping.tell_end(code)
             sys.exit(code)
         return
     if job.config.launch.np > 1 and not inside:

@@ -13,6 +13,17 @@ from omegaconf.errors import OmegaConfBaseException
 from horovod_jobs.job import one_line
 
 _UNKNOWN = re.compile(r"Could not override '([^']+)'")
+_MERGED = re.compile(r"Error merging override (.+)")
+# What OmegaConf says of a value that its key does not take, and what to tell the person who typed it.
+_WANTED = {
+    "could not be converted to Integer": "not a whole number; use one such as 3",
+    "could not be converted to Float": "not a number; use one such as 0.5",
+    "is not a valid bool": "neither true nor false; use one of the two",
+    "is not Optional": "no value for this key, which cannot be null; leave it out for its default",
+    "is not a ListConfig": "not a list; write it as [A,B]",
+    "to string": "not a text; give a single value",
+    "is not a subclass of": "not a section; set one of its keys instead",
+}
 
 
 def composing_error(error: Exception) -> str:
@@ -26,6 +37,10 @@ def composing_error(error: Exception) -> str:
         unknown, parent = _UNKNOWN.match(text), getattr(cause, "parent_node", None)
         if unknown is not None and isinstance(parent, DictConfig):
             return unknown_key(unknown[1], parent, reached=str(getattr(cause, "full_key", "") or ""))
+        if merged := _MERGED.fullmatch(text):
+            for said, wanted in _WANTED.items():
+                if said in str(cause):
+                    return f"{merged[1]} is {wanted}"
         text += f" ({one_line(cause)})"
     return text if ";" in text else f"{text}; horovod-jobs --help lists what can be set"
 

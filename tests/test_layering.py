@@ -44,7 +44,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("stages.base", "spending", "export"),
     ("training", "distillation", "quantization", "report"),
     ("stages",),
-    ("job", "composing"),
+    ("job", "composing", "sweeping"),
     ("planning", "record", "turns"),
     ("lifecycle",),
     ("parallel",),

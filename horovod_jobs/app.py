@@ -26,7 +26,7 @@ from horovod_jobs.comm.connect import GLOO_REMEDY, connect, launched_by, rank_hi
 from horovod_jobs.comm.member import current, take_ticket
 from horovod_jobs.comm.roles import Roles, check_enough
 from horovod_jobs.comm.world import World
-from horovod_jobs.composing import composing_error
+from horovod_jobs.composing import composing_error, options_first
 from horovod_jobs.config import TrainStage
 from horovod_jobs.errors import ConfigError, InterruptedByUser, JobError
 from horovod_jobs.instantiate import instantiate, is_node
@@ -62,6 +62,7 @@ def main() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises; the message and the exit code are ours.
     register_schema()
     in_rank.register_rank()
+    sys.argv[1:] = options_first(sys.argv[1:])
     # A module of the user's beside them is found by the console script as by python -m; at the end, so that it hides nothing.
     sys.path.append(os.getcwd())
     if rank_hint() != 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -12,6 +12,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from horovod_jobs.job import one_line
 
+_TAKE_A_VALUE = ("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd",
+                 "--experimental-rerun")  # fmt: skip
+_INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 _UNKNOWN = re.compile(r"Could not override '([^']+)'")
 _MERGED = re.compile(r"Error merging override (.+)")
 # What OmegaConf says of a value that its key does not take, and what to tell the person who typed it.
@@ -24,6 +27,25 @@ _WANTED = {
     "to string": "not a text; give a single value",
     "is not a subclass of": "not a section; set one of its keys instead",
 }
+
+
+def options_first(words: Sequence[str]) -> list[str]:
+    """A command line with Hydra's options before the overrides: its parser refuses an option that stands between two of them."""
+    left = list(words)
+    options: list[str] = []
+    overrides: list[str] = []
+    while left:
+        word = left.pop(0)
+        takes = word in _TAKE_A_VALUE
+        if word == "--" or (takes and not left):
+            return [*options, *overrides, word, *left]  # A value that is missing is left to the parser to miss.
+        if not word.startswith("-"):
+            overrides.append(word)
+            continue
+        options.append(word)
+        if takes or (word in ("--info", "-i") and left and left[0] in _INFO):
+            options.append(left.pop(0))
+    return options + overrides
 
 
 def composing_error(error: Exception) -> str:

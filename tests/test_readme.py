@@ -73,8 +73,6 @@ def overrides(line: str) -> tuple[list[str], Path | None]:
     taken = []
     while words:
         word = words.pop(0)
-        if word in ("-m", "--multirun"):
-            assert not taken, f"-m must come before the overrides, or the command line is refused: {line}"
         if word == "--config-dir":
             directory = Path(words.pop(0))
         elif word.startswith("--config-dir="):

@@ -8,7 +8,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 
 from horovod_jobs.app import conf_dir
-from horovod_jobs.composing import composing_error
+from horovod_jobs.composing import composing_error, options_first
 from horovod_jobs.job import register_schema
 
 
@@ -32,3 +32,21 @@ def test_a_value_of_the_wrong_type(typed: str, said: str) -> None:
     with initialize_config_dir(conf_dir(), version_base="1.3"), pytest.raises(HydraException) as caught:
         compose("config", overrides=["graph=train", typed])
     assert composing_error(caught.value) == f"{typed} is {said}"
+
+
+@pytest.mark.parametrize(
+    ("typed", "read"),
+    [
+        ("debug=fast --config-dir conf plan=true", "--config-dir conf debug=fast plan=true"),
+        ("debug=fast -m seed=1,2", "-m debug=fast seed=1,2"),
+        ("a=1 --cfg job b=2 -p fit", "--cfg job -p fit a=1 b=2"),
+        ("a=1 --config-dir=conf ~b", "--config-dir=conf a=1 ~b"),
+        ("a=1 --info searchpath b=2", "--info searchpath a=1 b=2"),
+        ("a=1 -- -b --cfg", "a=1 -- -b --cfg"),
+        ("a=-1 --help", "--help a=-1"),
+        ("", ""),
+        ("a=1 --config-dir", "a=1 --config-dir"),
+    ],
+)
+def test_an_option_may_stand_between_overrides(typed: str, read: str) -> None:
+    assert options_first(typed.split()) == read.split()

@@ -300,6 +300,7 @@ def _fail(error: JobError | None, *, code: int = 1, alone: bool = False) -> NoRe
     """Print the error once, leave no rank hanging, and exit with its code."""
     code = error.exit_code if error is not None else code
     told = in_rank.record_exit(code)
+    early.over()
     if error is not None and _rank() == 0:
         # Before the others are met: the launcher ends every rank as soon as one has gone.
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -338,6 +339,7 @@ def _goodbye() -> bool:
 
 def _leave() -> None:
     in_rank.record_exit(0)
+    early.over()
     for lost in _world.lost if _world is not None else ():
         in_rank.record_lost(lost["rank"])
     _shutdown(0)

@@ -40,7 +40,13 @@ def disarm(*, outlived: bool) -> None:
     """For a launcher, which cleans up on Ctrl-C. ``outlived``: its job runs elsewhere and goes on, so SIGTERM has nothing to tell."""
     if signal.getsignal(signal.SIGINT) == _end:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if outlived and signal.getsignal(signal.SIGTERM) == _end:
+    if outlived:
+        over()
+
+
+def over() -> None:
+    """How the job ended has been told: mpirun, which sends SIGTERM to the ranks that leave last, must not be told of as well."""
+    if signal.getsignal(signal.SIGTERM) == _end:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 

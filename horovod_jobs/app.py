@@ -21,13 +21,14 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from horovod_jobs import early, sweeping
 from horovod_jobs.comm.connect import GLOO_REMEDY, connect, launched_by, rank_hint, take_role
 from horovod_jobs.comm.member import current, take_ticket
 from horovod_jobs.comm.roles import Roles, check_enough
 from horovod_jobs.comm.world import World
-from horovod_jobs.composing import composing_error
+from horovod_jobs.composing import composing_error, options_first
 from horovod_jobs.config import TrainStage
-from horovod_jobs.errors import ConfigError, JobError
+from horovod_jobs.errors import ConfigError, InterruptedByUser, JobError
 from horovod_jobs.instantiate import instantiate, is_node
 from horovod_jobs.interrupt import StopRequest
 from horovod_jobs.job import Job, register_schema, resolve
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 _GOODBYE_S = 10.0
 _composed = False  # Before a config is composed, only Hydra has run: its errors are about what the person typed.
 _world: World | None = None  # One world a process: the jobs of a multirun share it.
+_stop = StopRequest()  # The jobs of a multirun share it as well: who asks one of them to stop wants no other.
 _serves = False  # This rank holds parameters for the others and runs no job.
 
 
@@ -53,18 +55,24 @@ def conf_dir() -> str:
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Run the command (``__main__`` is the console script's entry point)."""
+    global _stop
+    early.arm()
+    _stop = StopRequest(told=in_rank.DIRECTORY_VARIABLE in os.environ)
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises; the message and the exit code are ours.
     register_schema()
     in_rank.register_rank()
+    sys.argv[1:] = options_first(sys.argv[1:])
     # A module of the user's beside them is found by the console script as by python -m; at the end, so that it hides nothing.
     sys.path.append(os.getcwd())
     if rank_hint() != 0:
         # --help, --cfg and warnings once, not once a rank; errors of this rank alone still go to stderr.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
-        take_ticket()
-        hydra.main(version_base="1.3", config_path=conf_dir(), config_name="config")(_task)()
+        # A rank notes a signal while it loads, and all stop together when they have met; an elastic one has a driver for that.
+        notes = take_ticket() is None and launched_by() != "none"
+        with _stop.installed() if notes else contextlib.nullcontext(), sweeping.checked():
+            hydra.main(version_base="1.3", config_path=conf_dir(), config_name="config")(_task)()
         if code := finish_sweep():
             sys.exit(code)
     except (HydraException, OmegaConfBaseException) as error:
@@ -72,7 +80,7 @@ def main() -> None:
     except JobError as error:
         _fail(error)
     except KeyboardInterrupt:
-        _fail(None, code=130)
+        _fail(InterruptedByUser(early.said(signal.SIGINT)))
     except SystemExit:
         _flush()
         raise
@@ -92,7 +100,7 @@ def _task(cfg: DictConfig) -> None:
     try:
         _job(cfg)
     except JobError as error:
-        _fail(error)  # Here and not in main: Hydra would print a line of its own about any exception.
+        _fail(sweeping.of_job(error))  # Here and not in main: Hydra would print a line of its own about any exception.
 
 
 def _job(cfg: DictConfig) -> None:
@@ -104,6 +112,7 @@ def _job(cfg: DictConfig) -> None:
             raise ConfigError(GLOO_REMEDY)
         code = start(job.config.launch, job=_job_command(job), elastic=_is_elastic(job))
         if code != 0:
+            sweeping.tell_end(code)
             sys.exit(code)
         return
     if job.config.launch.np > 1 and not inside:
@@ -158,7 +167,7 @@ def _run_here(job: Job) -> None:
             _serve(job, roles)
             return
         _world = connect(roles, outlives_ranks=_outlives_ranks(job))
-    with StopRequest().installed() as stop:
+    with _stop.installed() as stop:
         _show(_in_world(job, _world, stop, lambda error: False))
 
 
@@ -274,7 +283,9 @@ def _show_plan(job: Job, world: World) -> None:
     from horovod_jobs.artifacts import ArtifactStore
     from horovod_jobs.console import result_console
     from horovod_jobs.planning import plan, prepare, table
+    from horovod_jobs.runner import check_place
 
+    world.main(lambda: check_place(job), name="plan.place")
     planned = plan(job, world, ArtifactStore(job.config.run.store), prepare(job, world))
     if world.is_main:
         result_console().print(table(planned))
@@ -289,6 +300,7 @@ def _fail(error: JobError | None, *, code: int = 1, alone: bool = False) -> NoRe
     """Print the error once, leave no rank hanging, and exit with its code."""
     code = error.exit_code if error is not None else code
     told = in_rank.record_exit(code)
+    early.over()
     if error is not None and _rank() == 0:
         # Before the others are met: the launcher ends every rank as soon as one has gone.
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -327,6 +339,7 @@ def _goodbye() -> bool:
 
 def _leave() -> None:
     in_rank.record_exit(0)
+    early.over()
     for lost in _world.lost if _world is not None else ():
         in_rank.record_lost(lost["rank"])
     _shutdown(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -12,7 +12,40 @@ from omegaconf.errors import OmegaConfBaseException
 
 from horovod_jobs.job import one_line
 
+_TAKE_A_VALUE = ("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd",
+                 "--experimental-rerun")  # fmt: skip
+_INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 _UNKNOWN = re.compile(r"Could not override '([^']+)'")
+_MERGED = re.compile(r"Error merging override (.+)")
+# What OmegaConf says of a value that its key does not take, and what to tell the person who typed it.
+_WANTED = {
+    "could not be converted to Integer": "not a whole number; use one such as 3",
+    "could not be converted to Float": "not a number; use one such as 0.5",
+    "is not a valid bool": "neither true nor false; use one of the two",
+    "is not Optional": "no value for this key, which cannot be null; leave it out for its default",
+    "is not a ListConfig": "not a list; write it as [A,B]",
+    "to string": "not a text; give a single value",
+    "is not a subclass of": "not a section; set one of its keys instead",
+}
+
+
+def options_first(words: Sequence[str]) -> list[str]:
+    """A command line with Hydra's options before the overrides: its parser refuses an option that stands between two of them."""
+    left = list(words)
+    options: list[str] = []
+    overrides: list[str] = []
+    while left:
+        word = left.pop(0)
+        takes = word in _TAKE_A_VALUE
+        if word == "--" or (takes and not left):
+            return [*options, *overrides, word, *left]  # A value that is missing is left to the parser to miss.
+        if not word.startswith("-"):
+            overrides.append(word)
+            continue
+        options.append(word)
+        if takes or (word in ("--info", "-i") and left and left[0] in _INFO):
+            options.append(left.pop(0))
+    return options + overrides
 
 
 def composing_error(error: Exception) -> str:
@@ -26,6 +59,10 @@ def composing_error(error: Exception) -> str:
         unknown, parent = _UNKNOWN.match(text), getattr(cause, "parent_node", None)
         if unknown is not None and isinstance(parent, DictConfig):
             return unknown_key(unknown[1], parent, reached=str(getattr(cause, "full_key", "") or ""))
+        if merged := _MERGED.fullmatch(text):
+            for said, wanted in _WANTED.items():
+                if said in str(cause):
+                    return f"{merged[1]} is {wanted}"
         text += f" ({one_line(cause)})"
     return text if ";" in text else f"{text}; horovod-jobs --help lists what can be set"
 

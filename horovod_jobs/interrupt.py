@@ -13,24 +13,31 @@ from horovod_jobs.comm.world import World
 from horovod_jobs.errors import Interrupted, InterruptedByUser
 
 
+def tell_stopping() -> None:
+    """Answer Ctrl-C. Not through sys.stderr: the signal may have come in the middle of a write to it, which allows no second one."""
+    with contextlib.suppress(OSError):
+        os.write(2, b"\nStopping after this step, with a checkpoint. Press Ctrl-C again to stop at once.\n")
+
+
 class StopRequest:
     """Whether somebody asked this rank to stop. ``code`` is 0, 1 (SIGTERM, SIGUSR1) or 2 (Ctrl-C).
 
-    A launcher over hosts sends SIGUSR2 for Ctrl-C, because mpirun passes that one on to ranks everywhere.
+    A launcher over hosts sends SIGUSR2 for Ctrl-C, because mpirun passes that one on to ranks everywhere. ``told``: the launcher
+    answers the person who pressed it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, told: bool = False) -> None:
         self.code = 0
+        self._told = told
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
             if self.code == 2:
                 raise KeyboardInterrupt
             self.code = 2
-            # By every rank, for one that waits in a collective does not come to this. And not through sys.stderr: the signal may
-            # have come in the middle of a write to it, which allows no second one.
-            with contextlib.suppress(OSError):
-                os.write(2, b"\nStopping after this step, with a checkpoint. Press Ctrl-C again to stop at once.\n")
+            if not self._told:
+                # By every rank, for one that waits in a collective does not come to this.
+                tell_stopping()
         elif number == signal.SIGUSR2:
             self.code = 2
         elif self.code == 0:

@@ -28,7 +28,7 @@ from horovod_jobs.config import (
 from horovod_jobs.errors import ConfigError
 from horovod_jobs.instantiate import bind, instantiate
 from horovod_jobs.launch.starting import KINDS, counted_ranks
-from horovod_jobs.limits import check_finite, check_numbers
+from horovod_jobs.limits import check_finite, check_numbers, check_places
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 
@@ -148,6 +148,7 @@ def _check(job: Job) -> None:
         raise ConfigError(f"run.progress={config.run.progress} is not known; use auto, bars, lines, json or none")
     if config.run.log_level not in ("debug", "info", "warning", "error"):
         raise ConfigError(f"run.log_level={config.run.log_level} is not known; use debug, info, warning or error")
+    check_places(config.run)
     for name, stage in job.stages.items():
         if isinstance(stage, TrainStage) and stage.enabled:
             _check_fit(f"stages.{name}.fit", stage.fit)

@@ -6,6 +6,7 @@ What depends on the data set, on the world's size or on a launcher's own rules i
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
@@ -56,6 +57,7 @@ class Limit:
         return f"{wrong}; use {self.advice or ('more than 0' if self.strict else bound)}"
 
 
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 COUNT = Limit(1)
 ZERO_OR_MORE = Limit(0)
 POSITIVE = Limit(0, strict=True)
@@ -160,6 +162,22 @@ def _check(key: str, value: Any, limit: Limit, *, or_null: bool) -> None:
     for number in value if isinstance(value, list) else [value]:
         if number is not None and (wrong := limit.refuses(number)):
             raise ConfigError(f"{key}={value} {wrong}{', or null' if or_null else ''}")
+
+
+def check_places(run: RunConfig) -> None:
+    """Hold where a run is written to: names that are there, and an id that is one directory's name everywhere.
+
+    Raises:
+        ConfigError: naming the key, the value and what to use.
+    """
+    for key, default in (("root", RunConfig.root), ("store", RunConfig.store)):
+        if not getattr(run, key).strip():
+            raise ConfigError(f"run.{key}= is empty; name a directory, or leave it out for {default}")
+    if run.id is not None and (run.id == "latest" or not _ID.fullmatch(run.id)):
+        raise ConfigError(
+            f"run.id={run.id} is not a directory name{' of its own' if run.id == 'latest' else ''}; use letters, digits, dashes, "
+            "underscores and dots, a letter or digit first, or leave it out"
+        )
 
 
 def check_finite(value: Any, *, where: str = "") -> None:

@@ -34,7 +34,7 @@ from horovod_jobs.pulse import DIRECTORY as RANKS
 from horovod_jobs.pulse import ENDED_LIMIT_S, Pulse
 from horovod_jobs.record import Record, figures
 from horovod_jobs.spending import Spending
-from horovod_jobs.storage import digest_of, flatten, locked, storage_errors, update_link, write_text
+from horovod_jobs.storage import check_can_write, digest_of, flatten, locked, storage_errors, update_link, write_text
 from horovod_jobs.tracking import NullTracker, Tracker
 
 _NOT_THE_WORK = ("launch", "run", "chaos")  # parts of a config that may differ between two tries of the same job
@@ -66,12 +66,25 @@ def check_same_config(job: Job, world: World) -> None:
     raise WorldError(f"ranks were given different configs ({shown}); start every rank with the same command and files")
 
 
+def check_place(job: Job) -> None:
+    """For a plan: what the run's directory and the store would be refused for. Nothing is left behind.
+
+    Raises:
+        StorageError: they cannot be made or written to.
+        ConfigError: another job's run has this id.
+    """
+    run = job.config.run
+    for path, key in ((Path(run.root, run.id or ""), "run.root=..."), (Path(run.store), "run.store=...")):
+        with storage_errors("write to", path, keys=key):
+            check_can_write(path)
+    if run.id:
+        _check_not_anothers(job, Path(run.root, run.id))
+
+
 def _make_run_dir(job: Job, stack: ExitStack) -> str:
     """The run's directory, which stays this job's until ``stack`` is closed."""
     root = Path(job.config.run.root)
     run_id = job.config.run.id or f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-    if not run_id or "/" in run_id or run_id.startswith(".") or run_id == "latest":
-        raise ConfigError(f"run.id={run_id} is not a directory name; use letters, digits and dashes")
     run_dir = root / run_id
     with storage_errors("make the run directory", run_dir, keys="run.root=..."):
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from horovod_jobs import formats
 from horovod_jobs import manifest as manifests
 from horovod_jobs.comparing import compare
-from horovod_jobs.errors import ArtifactError, JobError
+from horovod_jobs.errors import ArtifactError, DataError, JobError, StorageError
 from horovod_jobs.launch.kubernetes.parser import add_cluster_commands
 from horovod_jobs.living import is_gone
 from horovod_jobs.manifest import Manifest
@@ -28,6 +28,7 @@ from horovod_jobs.manifest import Manifest
 if TYPE_CHECKING:
     from rich.console import Console
 
+_ROOT = "runs"  # Where no job has run yet it is not there, and that is no error.
 EXAMPLES = """\
 examples:
   horovod-runs ls                        all runs under ./runs, the newest last
@@ -72,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         for entry in names:
             sub.add_argument(entry.lower(), metavar=entry, help="id, unique beginning of it, `latest`, or path")
-        sub.add_argument("--root", default="runs", metavar="DIR", help="directory of the runs (default: %(default)s)")
+        sub.add_argument("--root", default=_ROOT, metavar="DIR", help="directory of the runs (default: %(default)s)")
         sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
         sub.set_defaults(run_command=run)
         return sub
@@ -91,6 +92,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _ls(arguments: argparse.Namespace) -> None:
+    if not Path(arguments.root).is_dir() and (arguments.root != _ROOT or os.path.lexists(_ROOT)):
+        raise StorageError(
+            f"--root {arguments.root} is not a directory; give the one that holds the runs (run.root of their jobs)"
+        )
     found: list[tuple[Path, Manifest | ArtifactError]] = []
     for path in manifests.list_runs(arguments.root):
         try:
@@ -113,7 +118,11 @@ def _ls(arguments: argparse.Namespace) -> None:
         return
     rows = [[path.name, "damaged", str(m)] if isinstance(m, ArtifactError) else _ls_row(path, m) for path, m in found]
     _print_table(
-        ["run", "status", "name", "started (UTC)", "ranks", "stages", "time", "energy"], rows, right=range(4, 8)
+        ["run", "status", "name", "started (UTC)", "ranks", "stages", "time", "energy"],
+        rows,
+        right=range(4, 8),
+        text=[2],
+        spare=["ranks", "energy", "stages", "started (UTC)"],
     )
 
 
@@ -164,7 +173,11 @@ def _show(arguments: argparse.Namespace) -> None:
         for stage in manifest["stages"]
     ]
     _print_table(
-        ["stage", "kind", "status", "time", "energy", "parameters", "bytes", "metrics"], rows, right=range(3, 7)
+        ["stage", "kind", "status", "time", "energy", "parameters", "model+config", "metrics"],
+        rows,
+        right=range(3, 7),
+        text=[7],
+        spare=["kind", "parameters", "model+config", "energy"],
     )
     for line in _staleness(run_dir, manifest):
         print(line)
@@ -202,7 +215,11 @@ def _watch(arguments: argparse.Namespace) -> None:
     from horovod_jobs import watching
 
     if arguments.run == "-":
-        watching.watch_lines(watching.standard_input(), console=_console(), as_json=arguments.json)
+        if not watching.watch_lines(watching.standard_input(), console=_console(), as_json=arguments.json):
+            raise DataError(
+                "standard input has no line of a job that runs with run.progress=json; pipe one in: "
+                "horovod-jobs ... run.progress=json 2>&1 | horovod-runs watch -"
+            )
         return
     run_dir = manifests.find_run(arguments.root, arguments.run)
     watching.watch(run_dir, console=_console(), once=arguments.once, as_json=arguments.json)
@@ -247,7 +264,7 @@ def _compare(arguments: argparse.Namespace) -> None:
         for key, values in stage["figures"].items()
     ]
     if rows:
-        _print_table(["stage", "figure", "a", "b", "b - a"], rows, right=range(2, 5))
+        _print_table(["stage", "figure", "a", "b", "b - a"], rows, right=range(2, 5), text=[])
     if result["config"]:
         _print_table(
             ["config key", "a", "b"],
@@ -306,18 +323,17 @@ def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 200, highlight=False)
 
 
-def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> None:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
+def _print_table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    right: Sequence[int] = (),
+    text: Sequence[int] | None = None,
+    spare: Sequence[str] = (),
+) -> None:
+    from horovod_jobs.tables import print_table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for i, name in enumerate(columns):
-        # The first column is what people copy: it keeps its width.
-        table.add_column(name, justify="right" if i in right else "left", overflow="fold", no_wrap=i == 0)
-    for row in rows:
-        table.add_row(*map(Text, row))
-    _console().print(table)
+    print_table(_console(), columns, rows, right=right, text=text, spare=spare)
 
 
 if __name__ == "__main__":

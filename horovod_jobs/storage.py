@@ -190,6 +190,21 @@ def publish_dir(staging: Path, target: Path) -> None:
             shutil.rmtree(old, ignore_errors=True)
 
 
+def check_can_write(path: Path) -> None:
+    """Whether a directory could be made here and written to, by making one where it would begin, for a moment.
+
+    Raises:
+        OSError: it could not; it names ``path``.
+    """
+    place = path.absolute()
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    try:
+        os.rmdir(tempfile.mkdtemp(dir=place, prefix=".plan-"))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
 def update_link(link: Path, to: str) -> None:
     """Point a symbolic link at ``to``, atomically."""
     with storage_errors("link", link):

@@ -201,7 +201,12 @@ def render(view: RunView) -> RenderableType:
     head += [f"{formats.energy(view.energy_kwh)} so far"] if view.energy_kwh is not None else []
     stages = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for title in ("stage", "kind", "status", "step", "now", "last epoch", "time", "energy"):
-        stages.add_column(title, justify="right" if title in ("step", "time", "energy") else "left")
+        stages.add_column(
+            title,
+            justify="right" if title in ("step", "time", "energy") else "left",
+            no_wrap=title not in ("now", "last epoch"),
+            overflow="fold",
+        )
     for stage in view.stages.values():
         metrics = ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in stage.metrics.items())
         running = stage.status == "running"
@@ -267,20 +272,23 @@ def _watch_live(run_dir: Path, *, console: Console, every_s: float) -> RunView:
             time.sleep(every_s)
 
 
-def watch_lines(lines: Iterable[str], *, console: Console, as_json: bool = False) -> None:
-    """Show a run from the lines that a job with ``run.progress=json`` writes, until they end."""
+def watch_lines(lines: Iterable[str], *, console: Console, as_json: bool = False) -> bool:
+    """Show a run from the lines that a job with ``run.progress=json`` writes, until they end; False where there were none."""
     from rich.live import Live
 
-    view = RunView("(from standard input)")
+    view, seen = RunView("(from standard input)"), False
     if as_json:
         for event in lines_to_events(lines):
             view.take(event)
+            seen = True
             print(json.dumps(to_json(view), ensure_ascii=False), flush=True)
-        return
-    with Live(render(view), console=console, auto_refresh=False) as live:
+        return seen
+    with Live(console=console, auto_refresh=False) as live:
         for event in lines_to_events(lines):
             view.take(event)
+            seen = True
             live.update(render(view), refresh=True)
+    return seen
 
 
 def standard_input() -> Iterator[str]:

@@ -20,7 +20,7 @@ MODULES = {
 # From the bottom to the top: a module may import from its own floor and those below (docs of the design: app -> runner -> stages ->
 # training, distillation, quantization, report -> strategy -> comm, with artifacts, graph, errors and config at the bottom).
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "storage", "versions", "formats", "preprocessing", "origin", "runtimes"),
+    ("early", "errors", "storage", "versions", "formats", "tables", "preprocessing", "origin", "runtimes"),
     ("config", "artifacts", "instantiate", "bundle", "manifest", "console"),
     ("graph", "limits", "schedule", "usage"),
     ("comm",),
@@ -44,7 +44,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("stages.base", "spending", "export"),
     ("training", "distillation", "quantization", "report"),
     ("stages",),
-    ("job", "composing"),
+    ("job", "composing", "sweeping"),
     ("planning", "record", "turns"),
     ("lifecycle",),
     ("parallel",),

@@ -14,7 +14,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 
+from horovod_jobs import early
 from horovod_jobs.errors import WorldError
+from horovod_jobs.interrupt import tell_stopping
 from horovod_jobs.launch.base import LaunchPlan
 from horovod_jobs.launch.in_rank import DIRECTORY_VARIABLE, code_of_all
 
@@ -69,6 +71,7 @@ def run_world(
     if lost and not failed and 0 in codes.values():
         return 0  # The others went on without those, and came to the end.
     if not failed and code not in (0, *_AGREED) and stopper.asked:
+        print(f"error: {early.said(stopper.asked)}", file=sys.stderr)
         return 128 + stopper.asked  # Ended by force before a rank could tell its code.
     # mpirun gives 0 or 255 where a host is lost with its daemon: ranks that began and told nothing have not ended well.
     if recorded and not failed and (128 < code < 160 or (begun and (code > 0 or not codes))):
@@ -118,13 +121,18 @@ class _Stopper:
         self._deadline = time.monotonic() + (self._grace_s if first else 0.0)
         if self._forward is not None:
             if first:
+                if number == signal.SIGINT:
+                    tell_stopping()
                 self._process.send_signal(signal.Signals[self._forward[signal.Signals(number).name]])
             return  # The launcher passes it on; a second one ends the launcher.
         for path in self._directory.glob("pid-*"):
             with contextlib.suppress(ProcessLookupError, ValueError):
                 os.kill(int(path.name.split("-")[1]), number)
-        if first and not any(self._directory.glob("pid-*")):
+        listening = any(self._directory.glob("pid-*"))
+        if first and not listening:
             self._deadline = time.monotonic()  # No rank listens yet.
+        elif first and number == signal.SIGINT:
+            tell_stopping()
 
     def _note_gone(self) -> None:
         """Who has died by itself is gone before the launcher ends the others, which takes it a moment."""

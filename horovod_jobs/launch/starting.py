@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping
 from typing import Protocol, cast
 
+from horovod_jobs import early
 from horovod_jobs.config import LaunchConfig
 from horovod_jobs.console import TERMINAL_VARIABLE
 from horovod_jobs.launch.base import Host, JobCommand, LaunchPlan, this_host
@@ -24,6 +25,7 @@ KINDS = {
     "mpijob": "horovod_jobs.launch.kubernetes.mpijob",
     "trainjob": "horovod_jobs.launch.kubernetes.trainjob",
 }
+_OUTLIVED = ("slurm", "mpijob", "trainjob")  # The job runs elsewhere, and goes on when the process here ends.
 _DRIVER_INSIDE = ("docker", "mpijob")  # The driver of an elastic job runs where they start it.
 _swept: list[tuple[LaunchConfig, JobCommand]] = []
 
@@ -58,6 +60,7 @@ def start(launch: LaunchConfig, *, job: JobCommand, elastic: bool = False) -> in
 
     Ctrl-C and SIGTERM are passed to every rank, which agree, write a checkpoint and end; after ``launch.grace_s`` they are killed.
     """
+    early.disarm(outlived=launch.kind in _OUTLIVED)
     environ = dict(os.environ)
     environ[COMMAND_VARIABLE] = json.dumps(job.typed)
     if sys.stderr.isatty():

@@ -32,7 +32,7 @@ def main_table(data: ReportData) -> Table:
         *measures.columns(models),
         ("Worst class", [_worst(row) for row in models], False),
         ("Parameters", [formats.integer(row.parameters) for row in models], True),
-        ("On disk", [formats.size(row.file_bytes) for row in models], True),
+        ("Model file", [formats.size(row.file_bytes) for row in models], True),
         ("Runs in", [runtime_of(row.format) for row in models], False),
         *((f"Batch {b}, ms (p50 / p95)", [_latency(row, b) for row in models], True) for b in batches),
         ("Made in", [formats.duration(row.seconds) for row in models], True),

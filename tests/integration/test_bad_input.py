@@ -60,7 +60,7 @@ TABLE: dict[str, tuple[tuple[str, ...], int, str]] = {
     "null for a group that is needed": (("data=null",), 2, r"group override must be a string"),
     "not an override": (("fit.epochs",), 2, r"'fit\.epochs' missing EQUAL"),
     "no such config directory": (("--config-dir=/nowhere",), 2, r"'/nowhere' not found"),
-    "wrong type, a word": (("fit.epochs=many",), 2, r"fit\.epochs.*'many'.*Integer"),
+    "wrong type, a word": (("fit.epochs=many",), 2, r"fit\.epochs=many is not a whole number; use one such as 3"),
     "wrong type, a list": (("allow_targets=tests",), 2, r"allow_targets"),
     "wrong type in a stage": (("stages.model.enabled=maybe",), 2, r"stages\.model\.enabled.*'maybe'.*bool"),
     "no value": (("fit.global_batch=null",), 2, r"fit\.global_batch.*not Optional"),
@@ -151,6 +151,11 @@ TABLE: dict[str, tuple[tuple[str, ...], int, str]] = {
     "store under a file": (("run.store=/dev/null/x",), 6, r"/dev/null/x.*choose another directory"),
     "run directory that nobody can make": (("run.root=/proc/x",), 6, r"cannot make the run directory /proc/x.* \(No such file or directory\); choose another directory \(run\.root=\.\.\.\)"),
     "store that nobody can make": (("run.store=/proc/x",), 6, r"cannot make the store /proc/x \(No such file or directory\); choose another directory \(run\.store=\.\.\.\)"),
+    "plan of a run directory that nobody can make": (("run.root=/proc/x", "plan=true"), 6, r"cannot write to /proc/x \(No such file or directory\); choose another directory \(run\.root=\.\.\.\)"),
+    "empty store": (("run.store=",), 2, r"run\.store= is empty; name a directory, or leave it out for artifacts"),
+    # sweeps
+    "last job of a sweep": (("-m", "seed=3,-1", "fit.epochs=1,0"), 2, r"job 2 of 4 \(seed=3 fit\.epochs=0\): stages\.model\.fit\.epochs=0 is too small; use 1 or more; none of the 4 jobs was started"),
+    "job of a sweep, found when it runs": (("-m", "optimizer.lr=-1,-2"), 2, r"job 1 of 2 \(optimizer\.lr=-1\): .*Invalid learning rate: -1.*; 1 more not tried"),
     # training
     "loss that blows up": (("optimizer.lr=1e30",), 8, r"not finite in stage model at step \d+ \(epoch 1\) on rank 0, training samples \d+.*lower optimizer\.lr.*Nothing was published"),
     "sample that is not finite": (("+data.not_finite=3",), 8, r"inputs of 3 are not finite themselves"),

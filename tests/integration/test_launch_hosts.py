@@ -120,7 +120,7 @@ def test_a_wrong_name_and_a_host_that_is_down(two: Hosts, tmp_path: Path) -> Non
     finally:
         two.mend(1)
     error = refused(done, tmp_path)
-    assert "error: host nosuchhost: ssh: " in error
+    assert "error: host nosuchhost: ssh: Could not resolve" in error
     assert "correct the name in launch.hosts.list" in error
     assert "(1 more in the table)" in error
     rows = table(done)

@@ -31,6 +31,13 @@ def test_ctrl_c_in_the_middle_of_a_line(monkeypatch: pytest.MonkeyPatch, capfd: 
     assert "Press Ctrl-C again to stop at once." in capfd.readouterr().err
 
 
+def test_ctrl_c_is_answered_once_where_the_launcher_does(capfd: pytest.CaptureFixture[str]) -> None:
+    with StopRequest(told=True).installed() as stop:
+        signal.raise_signal(signal.SIGINT)
+    assert stop.code == 2
+    assert capfd.readouterr().err == ""
+
+
 def test_a_second_ctrl_c_is_not_waited_for() -> None:
     with StopRequest().installed() as stop:
         signal.raise_signal(signal.SIGINT)

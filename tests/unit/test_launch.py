@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from horovod_jobs import early
 from horovod_jobs.config import LaunchConfig
 from horovod_jobs.errors import ConfigError, SetupError
 from horovod_jobs.launch import in_rank
@@ -151,6 +152,38 @@ def test_sigterm_reaches_the_ranks_and_the_deaf_are_killed(tmp_path: Path, obey:
     sender.join()
     assert got == code
     assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize(("registered", "code"), [(True, 130), (False, 130)], ids=["ranks listen", "no rank yet"])
+def test_the_launcher_answers_ctrl_c_for_its_ranks(
+    tmp_path: Path, registered: bool, code: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ready = tmp_path / "ready"
+    script = (
+        "import pathlib, signal, sys, time\n"
+        "from horovod_jobs.launch import in_rank\n"
+        "def stop(*_): in_rank.record_exit(130); sys.exit(130)\n"
+        "signal.signal(signal.SIGINT, stop)\n"
+        f"if {registered}: in_rank.register_rank()\n"
+        f"pathlib.Path({str(ready)!r}).touch()\n"
+        "time.sleep(60)\n"
+    )
+
+    def later() -> None:
+        while not ready.exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    sender = threading.Thread(target=later)
+    sender.start()
+    assert run_world(world_of(script), grace_s=5.0) == code
+    sender.join()
+    told = capfd.readouterr().err.split("\n")
+    assert told == (
+        ["", "Stopping after this step, with a checkpoint. Press Ctrl-C again to stop at once.", ""]
+        if registered
+        else [f"error: {early.said(signal.SIGINT)}", ""]
+    )
 
 
 def test_a_world_of_gloo_meets_on_the_loopback_and_shows_no_variable_on_a_command_line(

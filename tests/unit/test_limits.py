@@ -10,7 +10,7 @@ import pytest
 from horovod_jobs import config
 from horovod_jobs.config import STAGES, FitConfig, LaunchConfig, RunConfig, StageConfig
 from horovod_jobs.errors import ConfigError
-from horovod_jobs.limits import LIMITS, Limit, check_finite, check_numbers
+from horovod_jobs.limits import LIMITS, Limit, check_finite, check_numbers, check_places
 
 SCHEMA = [value for value in vars(config).values() if isinstance(value, type) and is_dataclass(value)]
 
@@ -74,3 +74,27 @@ def test_nan_is_found_wherever_it_is() -> None:
     check_finite({"a": [1.0, {"b": 2}], "c": None, "d": "nan"})
     with pytest.raises(ConfigError, match=r"a\.b\[1\]\.c=nan is not a finite number"):
         check_finite({"a": {"b": [1.0, {"c": math.nan}]}})
+
+
+@pytest.mark.parametrize(
+    ("run", "said"),
+    [
+        ({"root": ""}, "run.root= is empty; name a directory, or leave it out for runs"),
+        ({"store": " "}, "run.store= is empty; name a directory, or leave it out for artifacts"),
+        ({"id": ""}, "run.id= is not a directory name; use letters, digits, dashes, underscores and dots"),
+        ({"id": "a b"}, "run.id=a b is not a directory name; use letters, digits"),
+        ({"id": "../evil"}, "run.id=../evil is not a directory name"),
+        ({"id": ".hidden"}, "a letter or digit first, or leave it out"),
+        ({"id": "latest"}, "run.id=latest is not a directory name of its own"),
+        ({"id": "mine\n"}, "is not a directory name"),
+    ],
+)
+def test_a_run_is_written_where_a_name_leads(run: dict[str, str], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_places(RunConfig(**run))
+    assert said in str(caught.value)
+
+
+def test_names_of_runs_that_pass() -> None:
+    for name in (None, "one", "20261128-012719-ab12", "A_b-3.4"):
+        check_places(RunConfig(id=name))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import importlib.util
+import io
 import json
 import os
 import pty
@@ -81,6 +82,32 @@ def test_ls_json(run):
 def test_ls_without_runs(tmp_path, capsys):
     assert main(["ls", "--root", str(tmp_path)]) == 0
     assert "No runs under" in capsys.readouterr().out
+
+
+def test_ls_of_a_root_that_is_no_directory(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["ls"]) == 0, "no job has run yet"
+    (tmp_path / "runs").touch()
+    for arguments in (["ls"], ["ls", "--root", "nowhere"], ["ls", "--root", __file__, "--json"]):
+        capsys.readouterr()
+        assert main(arguments) == 6
+        told = capsys.readouterr()
+        assert told.out == ""
+        assert told.err.startswith("error: --root ")
+        assert "is not a directory; give the one that holds the runs" in told.err
+
+
+@pytest.mark.parametrize("json_too", [[], ["--json"]])
+@pytest.mark.parametrize("text", ["", "hello\n"])
+def test_watch_of_something_else_than_a_job(text, json_too, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    assert main(["watch", "-", *json_too]) == 3
+    told = capsys.readouterr()
+    assert told.out.strip() == ""
+    assert told.err.startswith(
+        "error: standard input has no line of a job that runs with run.progress=json; pipe one in: "
+    )
+    assert told.err.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", ["20260101-a", "20260101", "latest"])

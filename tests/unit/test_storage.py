@@ -11,6 +11,7 @@ import pytest
 from horovod_jobs.errors import StorageError
 from horovod_jobs.storage import (
     canonical_json,
+    check_can_write,
     digest_of,
     publish_dir,
     storage_errors,
@@ -71,3 +72,15 @@ def test_json_refuses_what_is_not_json(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Out of range"):
         write_json(tmp_path / "x.json", {"loss": float("inf")})
     assert not (tmp_path / "x.json").exists()
+
+
+def test_a_plan_finds_out_whether_a_directory_could_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for good in (tmp_path, tmp_path / "a" / "b" / "c"):
+        check_can_write(good)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"], "nothing is left"
+    for bad in (tmp_path / "file", tmp_path / "file" / "x", Path("/proc/x/y")):
+        with pytest.raises(StorageError) as caught, storage_errors("write to", bad, keys="run.root=..."):
+            check_can_write(bad)
+        assert str(caught.value).startswith(f"cannot write to {bad} (")
+        assert str(caught.value).endswith("choose another directory (run.root=...)")

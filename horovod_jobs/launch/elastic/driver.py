@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from horovod_jobs import early
 from horovod_jobs.comm.member import Ticket
 from horovod_jobs.comm.signing import new_key
 from horovod_jobs.errors import SetupError, WorldError
@@ -121,6 +122,10 @@ class Driver:
             self.rendezvous.close()
         self.journal.note("end", code=code, generations=self.roster.generation + 1, losses=self.roster.losses,
                           refusals=self._refusals)  # fmt: skip
+        if self.roster.stop and (self.roster.generation < 0 or code > 128 + signal.SIGINT):
+            # No rank was there to say it, or none did in time.
+            number = signal.SIGINT if self.roster.stop == 2 else signal.SIGTERM
+            print(f"error: {early.said(number)}", file=sys.stderr, flush=True)
         if text:
             raise (SetupError if code == SetupError.exit_code else WorldError)(text)
         return code

@@ -18,7 +18,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from horovod_jobs import early
 from horovod_jobs.errors import SetupError, WorldError
+from horovod_jobs.interrupt import tell_stopping
 from horovod_jobs.launch.hosts import station
 from horovod_jobs.launch.hosts.checks import BOOTSTRAP
 from horovod_jobs.launch.in_rank import code_of_all
@@ -109,6 +111,8 @@ class _Hub:
 
     def note(self, number: int, frame: FrameType | None) -> None:
         """A signal handler: remember it for the loop."""
+        if number == signal.SIGINT and not (self.asked or self._signals):
+            tell_stopping()
         self._signals.append(number)
 
     def run(self) -> int:
@@ -125,6 +129,7 @@ class _Hub:
         if told := code_of_all(code for _, code in sorted(self._told.items())):
             return told
         if self._failed is not None and self.asked:
+            print(f"error: {early.said(self.asked)}", file=sys.stderr, flush=True)
             return 128 + self.asked
         if self._lost or (self._failed or 0) > 128:
             print(f"error: {self._lost or self._ended_by_signal}", file=sys.stderr, flush=True)

@@ -69,7 +69,9 @@ def judge(wanted: Wanted, answers: Mapping[str, Answer], *, mine: Mapping[str, A
     for name in wanted.hosts:
         answer = answers[name]
         if answer.error is not None:
-            findings.append(Finding(name, "ssh", answer.error, _ssh_remedy(name, answer.error, wanted)))
+            # The column's name is said before it already.
+            said = answer.error.removeprefix("ssh: ")
+            findings.append(Finding(name, "ssh", said, _ssh_remedy(name, answer.error, wanted)))
             continue
         findings.append(Finding(name, "ssh", "ok"))
         findings += _software(name, answer, mine, python=wanted.python)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from horovod_jobs import early
 from horovod_jobs.errors import SetupError, WorldError
 from horovod_jobs.launch.elastic.discovery import Fixed
 from horovod_jobs.launch.elastic.driver import Driver, Journal
@@ -213,6 +214,22 @@ def test_a_stop_is_asked_of_all(tmp_path: Path, number: signal.Signals, code: in
     assert scene.play(play) == code
     assert signal.getsignal(number) is before
     assert [entry["outcome"] for entry in scene.told("report")] == ["stopped", "stopped"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_stop_before_there_is_a_world_is_told_by_the_driver(
+    tmp_path: Path, number: signal.Signals, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scene, before = Scene(tmp_path, a=0), signal.getsignal(number)
+
+    def play() -> None:
+        deadline = time.monotonic() + 15
+        while signal.getsignal(number) is before and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    assert scene.play(play) == code
+    assert f"error: {early.said(number)}\n" in capsys.readouterr().err
 
 
 def test_who_does_not_stop_in_time_or_is_told_twice_is_killed(tmp_path: Path) -> None:

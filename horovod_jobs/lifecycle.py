@@ -13,12 +13,12 @@ from typing import Any
 from horovod_jobs.artifacts import Artifact, ArtifactStore
 from horovod_jobs.comm.world import World
 from horovod_jobs.console import Console, EventLog
-from horovod_jobs.errors import StorageError
+from horovod_jobs.errors import Interrupted, StorageError
 from horovod_jobs.footprint import Footprint
 from horovod_jobs.formats import throughput
 from horovod_jobs.interrupt import StopRequest
 from horovod_jobs.planning import Planned, Prepared
-from horovod_jobs.record import figures, now
+from horovod_jobs.record import bill, figures, now
 from horovod_jobs.spending import Spending
 from horovod_jobs.stages.base import StageContext, StageResult
 from horovod_jobs.tracking import Tracker
@@ -55,8 +55,12 @@ def make(step: Planned, prepared: Prepared, made: Mapping[str, Artifact], place:
         spending.begin()
         try:
             result = prepared.run_of(node)(_context(step, staging, made, prepared, place), node.config)
-        except BaseException:
-            spending.abandon()
+        except BaseException as error:
+            spent = spending.abandon()
+            if (
+                isinstance(error, Interrupted) and spent is not None
+            ):  # Read when the checkpoint was written, just before.
+                place.record(node.name, **bill(spent.to_json()))
             raise
         footprint = spending.end()
         if result.spent_before is not None:

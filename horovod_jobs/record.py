@@ -19,6 +19,8 @@ from horovod_jobs.job import Job
 from horovod_jobs.storage import digest_of
 from horovod_jobs.versions import versions
 
+_COSTS = ("energy_kwh", "co2_kg", "cost_usd")
+
 
 def now() -> str:
     """This moment in UTC, as the manifest and artifacts write it."""
@@ -31,6 +33,7 @@ class Record:
     def __init__(self, job: Job, world: World, *, run_dir: Path, command: list[str], origin: dict[str, Any]) -> None:
         self._run_dir, self._is_main, self._world = run_dir, world.is_main, world
         self._lock = threading.Lock()
+        self._begun: set[str] = set()  # stages that cost something, whatever becomes of them
         self._started = time.monotonic()
         self.manifest: dict[str, Any] = {
             "schema_version": 1,
@@ -54,6 +57,8 @@ class Record:
     def stage(self, name: str, **values: Any) -> None:
         """Note what is now known of a stage."""
         with self._lock:
+            if values.get("status") == "running":
+                self._begun.add(name)
             next(entry for entry in self.manifest["stages"] if entry["name"] == name).update(values)
 
     def write(self) -> None:
@@ -99,11 +104,13 @@ class Record:
         entries = self.manifest["stages"]
         ran = [entry for entry in entries if entry["status"] == "ran"]
         used = [entry for entry in entries if entry["status"] in ("ran", "reused")]
-        keys = ("energy_kwh", "co2_kg", "cost_usd")
+        begun = [
+            entry for entry in entries if entry["name"] in self._begun and entry["status"] in ("pending", "failed")
+        ]
         self.manifest["totals"] = {
             "seconds": time.monotonic() - self._started,
-            **{key: _sum(entry[key] for entry in ran) for key in keys},
-            "artifacts": {key: _sum(entry[key] for entry in used) for key in keys},
+            **{key: _sum(entry[key] for entry in ran + begun) for key in _COSTS},
+            "artifacts": {key: _sum(entry[key] for entry in used) for key in _COSTS},
         }
 
 
@@ -125,9 +132,7 @@ def _empty_entry(name: str, kind: str, needs: dict[str, str]) -> dict[str, Any]:
         "parameters": None,
         "model_bytes": None,
         "latency_ms": None,
-        "energy_kwh": None,
-        "co2_kg": None,
-        "cost_usd": None,
+        **dict.fromkeys(_COSTS),
         "footprint_method": None,
         "resumed_from_step": None,
     }
@@ -135,12 +140,18 @@ def _empty_entry(name: str, kind: str, needs: dict[str, str]) -> dict[str, Any]:
 
 def figures(artifact: Artifact) -> dict[str, Any]:
     """A manifest entry's figures, from the artifact: what it cost to make, also where it is reused."""
-    footprint = artifact.meta["footprint"]
     return {
         "artifact": artifact.ref,
-        "seconds": footprint["seconds"],
         **{key: artifact.meta[key] for key in ("metrics", "parameters", "model_bytes", "latency_ms")},
-        **{key: footprint[key] for key in ("energy_kwh", "co2_kg", "cost_usd")},
+        **bill(artifact.meta["footprint"]),
+    }
+
+
+def bill(footprint: dict[str, Any]) -> dict[str, Any]:
+    """A footprint as it stands in a stage's entry."""
+    return {
+        "seconds": footprint["seconds"],
+        **{key: footprint[key] for key in _COSTS},
         "footprint_method": footprint["method"],
     }
 

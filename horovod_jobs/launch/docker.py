@@ -20,6 +20,7 @@ DATA = "/data"
 _ENGINE = ("PATH", "HOME", "USER", "XDG_RUNTIME_DIR", "XDG_CONFIG_HOME", "XDG_DATA_HOME")
 _ENGINE_PREFIXES = ("DOCKER_", "CONTAINER_", "CONTAINERS_")
 _CONFIG_DIR = "--config-dir="
+_ENGINE_FAILED = (125, 126, 127)  # The engine itself failed, or found no command to run; no job ends with these.
 
 
 def plan(launch: LaunchConfig, *, job: JobCommand, environ: Mapping[str, str], cwd: str, user: str) -> LaunchPlan:
@@ -113,7 +114,7 @@ def start(launch: LaunchConfig, planned: LaunchPlan) -> int:
     """Run the container and wait for it; signals go to the world inside, which writes a checkpoint. Gives its exit code.
 
     Raises:
-        SetupError: the engine is not installed.
+        SetupError: the engine is not installed, or it could not run the container.
         StorageError: a directory for results cannot be made.
     """
     engine = shutil.which(planned.argv[0])
@@ -136,6 +137,11 @@ def start(launch: LaunchConfig, planned: LaunchPlan) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if code in _ENGINE_FAILED:
+        raise SetupError(
+            f"{planned.argv[0]} could not run the container (its exit code is {code}); its message is above; see that its daemon "
+            f"runs (`{planned.argv[0]} info`) and that the image is there (`{planned.argv[0]} image ls`)"
+        )
     return 128 - code if code < 0 else code
 
 

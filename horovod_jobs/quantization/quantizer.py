@@ -45,7 +45,7 @@ class StaticInt8:
             per_channel,
             reduce_range,
         )
-        self._backend = backend or _default_backend()
+        self._backend = _checked(backend)
 
     @property
     def format(self) -> str:
@@ -115,7 +115,7 @@ class DynamicInt8:
 
     def __init__(self, *, per_channel: bool = True, reduce_range: bool = False, backend: Backend | None = None) -> None:
         self._scheme = DynamicScheme(per_channel=per_channel, reduce_range=reduce_range)
-        self._backend = backend or _default_backend()
+        self._backend = _checked(backend)
 
     @property
     def format(self) -> str:
@@ -175,7 +175,15 @@ def convert(prepared: GraphModule) -> nn.Module:
     return converted
 
 
-def _default_backend() -> Backend:
+def _checked(backend: Backend | None) -> Backend:
+    """What a config gave as the backend, or the default."""
     from horovod_jobs.quantization.onnx_backend import OnnxRuntime
 
-    return OnnxRuntime()
+    if backend is None:
+        return OnnxRuntime()
+    if not hasattr(backend, "write"):
+        raise ConfigError(
+            f"quantizer.backend={backend} is no backend; name a class that is one, as in "
+            f"quantizer.backend._target_={OnnxRuntime.__module__}.{OnnxRuntime.__qualname__}"
+        )
+    return backend

@@ -203,6 +203,9 @@ def test_ctrl_c_stops_with_a_checkpoint(tmp_path: Path, untouched: dict[str, str
     done = running.wait()
     running.nothing_left()
     stopped_in_order(done, tmp_path, code=130)
+    told = valid_manifest(tmp_path)
+    assert stage(told, "model")["seconds"] > 0, "what it has cost so far"
+    assert told["totals"]["energy_kwh"] is None, "no meter: unknown, not zero"
     again(tmp_path, wanted=untouched)
 
 

@@ -154,6 +154,17 @@ sys.exit(docker.start(LaunchConfig(), base.LaunchPlan({argv!r}, {{"PATH": "/usr/
     assert (tmp_path / "signal").read_text() == str(int(signal.SIGTERM))
 
 
+@pytest.mark.parametrize("code", [125, 127])
+def test_an_engine_that_could_not_run_the_container_is_said(tmp_path: Path, code: int) -> None:
+    failing = tmp_path / "engine"
+    failing.write_text(f"#!/bin/sh\necho Cannot connect >&2\nexit {code}\n")
+    failing.chmod(0o755)
+    config = LaunchConfig(kind="docker", docker=DockerConfig(engine=str(failing)))
+    made = docker.plan(config, job=job(), environ=dict(os.environ), cwd=str(tmp_path), user="1:1")
+    with pytest.raises(SetupError, match=rf"could not run the container \(its exit code is {code}\).*info"):
+        docker.start(config, made)
+
+
 def test_an_engine_that_is_not_there_is_said(tmp_path: Path) -> None:
     config = LaunchConfig(docker=DockerConfig(engine="no-such-engine"))
     made = docker.plan_job(config, job=job(), host=HOST, environ=ENVIRON)

@@ -19,6 +19,7 @@ from horovod_jobs.predict import load as load_model
 from horovod_jobs.predict import save_model
 from horovod_jobs.quantization.base import Program
 from horovod_jobs.quantization.onnx_backend import OnnxRuntime
+from horovod_jobs.quantization.quantizer import DynamicInt8, StaticInt8
 from horovod_jobs.runtimes import FORMATS, Format
 from horovod_jobs.runtimes.onnx import OnnxPredictor
 from horovod_jobs.stages import export, quantize
@@ -99,3 +100,9 @@ def test_a_model_of_an_unknown_format_is_refused(tmp_path: Path, model: Artifact
     (tmp_path / "config.json").write_text(json.dumps({**config, "format": "other"}))
     with pytest.raises(ArtifactError, match="has format 'other'; this version reads torch and onnx"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("recipe", [StaticInt8, DynamicInt8])
+def test_a_word_is_no_backend(recipe: type) -> None:
+    with pytest.raises(ConfigError, match=r"quantizer.backend=foo is no backend; name a class .*OnnxRuntime"):
+        recipe(backend="foo")

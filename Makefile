@@ -24,12 +24,13 @@ run: install ## set up and run the main job on two ranks
 	$(BIN)/horovod-jobs experiment=main launch=local launch.np=$(NP) $(ARGS)
 
 test: install ## set up and pass the tests: one process first, then two ranks, then four
-	$(BIN)/python -m pytest tests --ignore=tests/parallel --ignore=tests/cluster -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest tests --ignore=tests/parallel --ignore=tests/cluster -m "not thorough" -n $(JOBS) --dist loadfile
 	$(BIN)/python -m tests.in_world -np 2 tests/parallel
 	$(BIN)/python -m tests.in_world -np 4 $(addprefix tests/parallel/test_,adasum.py groups.py hierarchy.py parameter_server.py parameter_server_overlap.py parameter_server_stages.py)
 
 test-cluster: install ## the tests that need root, Slurm, buildah or more time than continuous integration has
 	$(BIN)/python -m pytest tests/cluster
+	$(BIN)/python -m pytest tests/integration -m thorough
 
 check: install ## ruff, mypy and the tests
 	$(BIN)/ruff check .

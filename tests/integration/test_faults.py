@@ -107,6 +107,7 @@ def named_with_every_stack(controller: str, fault: str, *, lost: int, directory:
         assert events(directory, run="one")[-1]["event"] == "job_end"
 
 
+@pytest.mark.thorough
 def test_three_ranks_end_in_the_same_weights_where_that_is_asked_for(tmp_path: Path) -> None:
     job, ended = (*LONG, "strategy=repeatable", "launch=local", "launch.np=3", "run.silent_limit_s=60"), []
     for name, more in (("untouched", ()), ("killed", ("launch.restarts=2", "chaos=kills", schedule(("kill", 2, 50))))):
@@ -119,7 +120,7 @@ def test_three_ranks_end_in_the_same_weights_where_that_is_asked_for(tmp_path: P
     assert ended[0] == ended[1], "bit for bit the same"
 
 
-@pytest.mark.parametrize(("controller", "rank"), [("mpi", 0), ("gloo", 1)])
+@pytest.mark.parametrize(("controller", "rank"), [pytest.param("mpi", 0, marks=pytest.mark.thorough), ("gloo", 1)])
 def test_a_wall_clock_that_jumps_ends_nothing(
     controller: str, rank: int, tmp_path: Path, untouched: dict[str, str]
 ) -> None:

@@ -52,7 +52,7 @@ def exchange(directory: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("consistency", ["async", "ssp"])
+@pytest.mark.parametrize("consistency", ["async", pytest.param("ssp", marks=pytest.mark.thorough)])
 def test_the_others_go_on_without_a_worker_that_dies(consistency: str, tmp_path: Path) -> None:
     done = killed(tmp_path, *THREE_WORKERS, f"strategy.consistency={consistency}", rank=1)
     assert done.code == 0, done.text

@@ -168,7 +168,7 @@ def goes_on(cwd: Path, *, wanted: dict[str, str]) -> None:
     assert not list((cwd / "artifacts" / ".work").glob("model-*/step-*"))
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.thorough)])
 def test_a_killed_rank_costs_no_more_than_the_last_checkpoints(
     rank: int, tmp_path: Path, untouched: dict[str, str]
 ) -> None:

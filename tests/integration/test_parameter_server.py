@@ -66,7 +66,13 @@ def test_two_workers_and_a_server_train_what_one_process_trains(forks: Forks, tm
     assert stage(valid_manifest(served), "model")["status"] == "reused", "servers leave a job without training as well"
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        pytest.param(signal.SIGTERM, 75, id="SIGTERM"),
+        pytest.param(signal.SIGINT, 130, id="Ctrl-C", marks=pytest.mark.thorough),
+    ],
+)
 def test_a_stopped_job_goes_on_with_another_number_of_servers(
     number: signal.Signals, code: int, untouched: dict[str, str], tmp_path: Path
 ) -> None:
@@ -153,6 +159,7 @@ def test_a_server_with_another_config_is_named(tmp_path: Path) -> None:
     assert "rank 1 (a parameter server) was given another config" in done.err
 
 
+@pytest.mark.thorough
 def test_a_sweep_keeps_its_servers(tmp_path: Path) -> None:
     done = run("-m", *SERVED, "fit.epochs=1,2", *THREE, cwd=tmp_path, launcher=())
     assert done.code == 0, done.text

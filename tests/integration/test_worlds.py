@@ -122,7 +122,7 @@ def test_a_sweep_trains_its_teacher_once(forks: Forks, tmp_path: Path) -> None:
     assert left_behind(tmp_path) == []
 
 
-@pytest.mark.parametrize("how", ["one process", "mpirun", "launch=local"])
+@pytest.mark.parametrize("how", ["one process", pytest.param("mpirun", marks=pytest.mark.thorough), "launch=local"])
 def test_a_sweep_in_every_world(how: str, forks: Forks, tmp_path: Path) -> None:
     sweep = ("-m", *TINY, "fit.epochs=1,2")
     if how == "one process":

@@ -28,6 +28,8 @@ def loading(number: int, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", PROGRAM, str(int(number))],
         env={**os.environ, "PYTHONPATH": os.getcwd(), **env},
+        # What starts the tests may run beside a shell, which has its children ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         capture_output=True,
         text=True,
         timeout=60,

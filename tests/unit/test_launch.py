@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -70,6 +71,18 @@ def test_gloo_is_taken_where_mpi_is_not() -> None:
         assert (found.controller, found.argv) == ("gloo", ["python", "job"])
         with pytest.raises(SetupError, match="launch.controller=mpi needs (mpirun|mpi4py), which is not installed"):
             planned(LaunchConfig(kind="local", np=2, controller="mpi"), host)
+
+
+@pytest.mark.parametrize("more", [[], ["strategy=parameter_server", "launch.np=3"], ["strategy=elastic"]])
+def test_the_launcher_of_a_local_world_loads_no_torch(more: list[str]) -> None:
+    """It would take longer than anything else that it does, and be kept as long as the job runs."""
+    words = ["horovod-jobs", "debug=fast", "graph=train", "launch=local", "launch.np=2", "launch.dry_run=true", *more]
+    script = (
+        f"import sys; sys.argv = {words}; from horovod_jobs.__main__ import main; main(); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "False"
 
 
 def test_without_horovod_a_world_says_how_to_build_it() -> None:

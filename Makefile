@@ -3,8 +3,7 @@
 
 VENV ?= .venv
 NP ?= 2
-# One more than the two cores of a small machine: many tests wait for processes to start, or for a limit to pass.
-JOBS ?= 3
+JOBS ?= 2
 ARGS ?=
 export VENV
 # A relative VENV is relative to this directory, wherever the tools are started from.

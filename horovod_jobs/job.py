@@ -156,7 +156,8 @@ def _check(job: Job) -> None:
             check_numbers(stage, where=f"stages.{name}")
     # Stages first: a job's key that is wrong is told as that of the stage which takes it.
     check_numbers(config)
-    if config.launch.kind != "local":  # Its ranks tell it in a moment; a launcher that loads torch for it takes longer, and keeps it.
+    # The ranks of a local world tell it in a moment; a launcher that loads torch for it takes longer, and keeps it.
+    if config.launch.kind != "local":
         bind(config.data, where="data", allow=config.allow_targets)
     if config.chaos is not None:
         instantiate(config.chaos, allow=config.allow_targets, where="chaos")

@@ -164,8 +164,7 @@ class Hosts:
             if holder.poll() is not None or time.monotonic() > deadline:
                 raise SetupError(f"host {name} did not start: {log.read_text().strip() or 'no message'}; {_REMEDY}")
             time.sleep(0.01)
-        children = Path(f"/proc/{holder.pid}/task/{holder.pid}/children").read_text().split()
-        self._inside[name] = holder.pid if name == "switch" else int(children[0])
+        self._inside[name] = holder.pid if name == "switch" else _children(holder)[0]
 
     def join(self, index: int) -> None:
         """Plug a host into the switch."""
@@ -192,8 +191,7 @@ class Hosts:
     def close(self) -> None:
         """End every process of every host; the kernel then takes the namespaces away."""
         for holder in self._holders:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(holder.pid, signal.SIGKILL)
+            end(holder)
         for holder in self._holders:
             holder.wait()
 
@@ -207,6 +205,24 @@ class Hosts:
         done = subprocess.run(enter, capture_output=True, text=True, timeout=30, check=False)
         if check and done.returncode:
             raise SetupError(f"{tool} {' '.join(arguments)} failed on {place}: {done.stderr.strip()}; {_REMEDY}")
+
+
+def end(holder: subprocess.Popen[bytes]) -> None:
+    """Kill the first process of a host, and with it all of them, and its holder.
+
+    The kernel ends the first process with the holder, but for one that has changed its user since.
+    """
+    for pid in _children(holder):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    holder.kill()
+
+
+def _children(holder: subprocess.Popen[bytes]) -> list[int]:
+    """The first process of a host, while its holder, which ends with it, lives: the number is then its own."""
+    if holder.poll() is not None:
+        return []
+    return [int(pid) for pid in Path(f"/proc/{holder.pid}/task/{holder.pid}/children").read_text().split()]
 
 
 _REMEDY = "see that the kernel has network namespaces, veth, bridge and tbf, and that this container may use them"

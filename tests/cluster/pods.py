@@ -8,7 +8,6 @@ What it does not do: schedule, pull, limit, enforce the network policy.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -25,7 +24,7 @@ from typing import Any
 import yaml
 
 from benchmarks._host_files import SWITCH, program
-from benchmarks.hosts import Hosts
+from benchmarks.hosts import Hosts, end
 from tests.cluster.image import Image
 
 NAMESPACE = "ml"
@@ -253,8 +252,7 @@ class Job:
     def remove(self, name: str) -> None:
         """What is left of a pod's container, before another takes its place."""
         holding = self._holding(name)
-        _kill_first_process(holding)
-        holding.kill()
+        end(holding)
         holding.wait()
         self.net._in("switch", "ip", "link", "del", f"port{self.net.names.index(name)}", check=False)
         (self.directory / f"ready-{name}").unlink(missing_ok=True)
@@ -280,18 +278,8 @@ class Job:
 
     def close(self) -> None:
         """End every pod and give its files back."""
-        for holding in self.net._holders:
-            _kill_first_process(holding)
         self.net.close()
         self._stack.close()
-
-
-def _kill_first_process(holding: subprocess.Popen[bytes]) -> None:
-    """With it ends all of a pod. It would outlive its holder: the kernel takes back what ties it to that one when it changes its user."""
-    if holding.poll() is None:  # The holder ends with it, so it lives, and the number is its own.
-        for pid in Path(f"/proc/{holding.pid}/task/{holding.pid}/children").read_text().split():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGKILL)
 
 
 def expanded(text: str, variables: Mapping[str, str]) -> str:

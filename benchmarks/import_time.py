@@ -16,7 +16,7 @@ COMMANDS: dict[str, list[str]] = {
     "python -c pass": [sys.executable, "-c", "pass"],
     "import horovod_jobs": [sys.executable, "-c", "import horovod_jobs"],
     "horovod-runs ls": [sys.executable, "-c", _ENTRY.format(module="runs"), "ls"],
-    "horovod-jobs --help": [sys.executable, "-c", _ENTRY.format(module="app"), "--help"],
+    "horovod-jobs --help": [sys.executable, "-c", _ENTRY.format(module="__main__"), "--help"],
     "import torch": [sys.executable, "-c", "import torch"],
 }
 

@@ -22,12 +22,13 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from horovod_jobs import early, sweeping
-from horovod_jobs.comm.connect import GLOO_REMEDY, connect, launched_by, rank_hint, take_role
+from horovod_jobs.comm.connect import GLOO_REMEDY, connect, launched_by, take_role
 from horovod_jobs.comm.member import current, take_ticket
 from horovod_jobs.comm.roles import Roles, check_enough
 from horovod_jobs.comm.world import World
 from horovod_jobs.composing import composing_error, options_first
 from horovod_jobs.config import TrainStage
+from horovod_jobs.early import rank_hint
 from horovod_jobs.errors import ConfigError, InterruptedByUser, JobError
 from horovod_jobs.instantiate import instantiate, is_node
 from horovod_jobs.interrupt import StopRequest
@@ -57,7 +58,6 @@ def conf_dir() -> str:
 def main() -> None:
     """Run the command (``__main__`` is the console script's entry point)."""
     global _stop
-    early.arm()
     _stop = StopRequest(told=in_rank.DIRECTORY_VARIABLE in os.environ)
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises; the message and the exit code are ours.
     register_schema()

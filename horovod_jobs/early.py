@@ -9,9 +9,8 @@ from collections.abc import Mapping
 from types import FrameType
 
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGUSR1: "SIGUSR1"}
-STARTED = (
-    "HOROVOD_JOBS_COMMAND"  # Set in the ranks that a launcher of this package has started: that one speaks for them.
-)
+# What the person typed, for the ranks that a launcher of this package starts: that one speaks for them.
+COMMAND_VARIABLE = "HOROVOD_JOBS_COMMAND"
 _NUMBERS = (signal.SIGINT, signal.SIGTERM)
 _RANKS = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
 
@@ -22,14 +21,14 @@ def said(number: int) -> str:
     return f"stopped at once by {name}; the same command starts again, from the last checkpoint where there is one"
 
 
-def rank_of(environ: Mapping[str, str]) -> int:
+def rank_hint(environ: Mapping[str, str] = os.environ) -> int:
     """This process's rank as the launcher's variables tell it, before any world is joined; 0 where there is none."""
     return next((int(environ[name]) for name in _RANKS if environ.get(name, "").isdigit()), 0)
 
 
 def arm() -> None:
     """Take SIGINT and SIGTERM until something that can do better does. A signal that is ignored (``nohup``) stays so."""
-    if STARTED in os.environ:
+    if COMMAND_VARIABLE in os.environ:
         return
     for number in _NUMBERS:
         if signal.getsignal(number) != signal.SIG_IGN:
@@ -52,7 +51,7 @@ def over() -> None:
 
 def _end(number: int, frame: FrameType | None) -> None:
     # By no exception: one that is raised in the middle of an import may be swallowed there, or be told of by whoever is importing.
-    if rank_of(os.environ) == 0:
+    if rank_hint() == 0:
         with contextlib.suppress(OSError):
             os.write(2, f"error: {said(number)}\n".encode())
     os._exit(128 + number)

@@ -36,7 +36,8 @@ def rank(arguments: list[str]) -> int:
     """In a rank: run pytest; only rank 0 is heard unless a test fails elsewhere."""
     import pytest
 
-    from horovod_jobs.comm.connect import connect, rank_hint
+    from horovod_jobs.comm.connect import connect
+    from horovod_jobs.early import rank_hint
 
     in_rank.register_rank()
     quiet = [] if rank_hint() == 0 else ["-q", "--no-header", "--no-summary", "-p", "no:terminalreporter"]

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 
 from horovod_jobs.comm.roles import Roles, check_enough, divide
 from horovod_jobs.comm.world import SingleWorld, World
-from horovod_jobs.early import rank_of
 from horovod_jobs.errors import ConfigError, SetupError, WorldError
 
 _MPI_MARKS = ("OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK", "PMI_SIZE")
@@ -29,11 +28,6 @@ def launched_by(environ: Mapping[str, str] = os.environ) -> str:
     if any(mark in environ for mark in _MPI_MARKS):
         return "mpi"
     return "none"
-
-
-def rank_hint(environ: Mapping[str, str] = os.environ) -> int:
-    """This process's rank as the launcher's variables tell it, before any world is joined; 0 where there is none."""
-    return rank_of(environ)
 
 
 def take_role(*, servers: int = 0) -> Roles | None:

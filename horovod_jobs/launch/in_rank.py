@@ -8,13 +8,11 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from horovod_jobs.comm.connect import rank_hint
-from horovod_jobs.early import STARTED
+from horovod_jobs.early import COMMAND_VARIABLE, rank_hint
 from horovod_jobs.errors import WorldError
 from horovod_jobs.launch.base import usable_cores
 
 DIRECTORY_VARIABLE = "HOROVOD_JOBS_LAUNCH_DIR"
-COMMAND_VARIABLE = STARTED
 
 
 def register_rank() -> None:

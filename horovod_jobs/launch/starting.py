@@ -14,8 +14,8 @@ from typing import Protocol, cast
 from horovod_jobs import early
 from horovod_jobs.config import LaunchConfig
 from horovod_jobs.console import TERMINAL_VARIABLE
+from horovod_jobs.early import COMMAND_VARIABLE
 from horovod_jobs.launch.base import Host, JobCommand, LaunchPlan, this_host
-from horovod_jobs.launch.in_rank import COMMAND_VARIABLE
 
 KINDS = {
     "local": "horovod_jobs.launch.local",

@@ -10,7 +10,7 @@ import pytest
 from torch import Tensor
 
 from horovod_jobs.artifacts import open_artifact
-from horovod_jobs.comm.connect import rank_hint
+from horovod_jobs.early import rank_hint
 from horovod_jobs.report import collect, render_html
 from tests.integration.support import TINY, WORLD, events, run, stage, start, valid_manifest, wait_for
 from tests.support import SmallNet

@@ -54,10 +54,10 @@ def test_of_ranks_the_first_one_speaks() -> None:
 def test_what_is_ignored_stays_so_and_a_launchers_ranks_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        monkeypatch.setenv(early.STARTED, "[]")
+        monkeypatch.setenv(early.COMMAND_VARIABLE, "[]")
         early.arm()
         assert {number: signal.getsignal(number) for number in before} == before
-        monkeypatch.delenv(early.STARTED)
+        monkeypatch.delenv(early.COMMAND_VARIABLE)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         early.arm()
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN

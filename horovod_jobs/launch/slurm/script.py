@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 
 from horovod_jobs.config import LaunchConfig
 from horovod_jobs.console import TERMINAL_VARIABLE
+from horovod_jobs.early import COMMAND_VARIABLE
 from horovod_jobs.errors import ConfigError, SetupError
 from horovod_jobs.launch import mpi
 from horovod_jobs.launch.base import Host, JobCommand
-from horovod_jobs.launch.in_rank import COMMAND_VARIABLE
 
 # What a node sets for itself; it must not come from the host that submits.
 _OWN = ("HOSTNAME", "TMPDIR", "TERM", "COLUMNS", TERMINAL_VARIABLE)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from horovod_jobs.comm.connect import launched_by, rank_hint, world_lost
+from horovod_jobs.comm.connect import launched_by, world_lost
+from horovod_jobs.early import rank_hint
 from horovod_jobs.errors import DataError, NonFiniteError, WorldError
 
 

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from horovod_jobs import formats
 from horovod_jobs import manifest as manifests
@@ -24,9 +24,7 @@ from horovod_jobs.errors import ArtifactError, DataError, JobError, StorageError
 from horovod_jobs.launch.kubernetes.parser import add_cluster_commands
 from horovod_jobs.living import is_gone
 from horovod_jobs.manifest import Manifest
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from horovod_jobs.tables import print_table, terminal
 
 _ROOT = "runs"  # Where no job has run yet it is not there, and that is no error.
 EXAMPLES = """\
@@ -87,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     add("compare", _compare, "compare two runs: figures by stage, and the config keys that differ", "A", "B")
     add("report", _report, "make a run's report.html and model_card.md again, from its manifest and artifacts", "RUN")
     add("doctor", _doctor, "say what this installation can do, and how to add the rest")
-    add_cluster_commands(commands.add_parser, table=_print_table)
+    add_cluster_commands(commands.add_parser, table=print_table)
     return parser
 
 
@@ -117,7 +115,7 @@ def _ls(arguments: argparse.Namespace) -> None:
         print(f"No runs under {arguments.root}. Run a job first (horovod-jobs), or give another directory with --root.")
         return
     rows = [[path.name, "damaged", str(m)] if isinstance(m, ArtifactError) else _ls_row(path, m) for path, m in found]
-    _print_table(
+    print_table(
         ["run", "status", "name", "started (UTC)", "ranks", "stages", "time", "energy"],
         rows,
         right=range(4, 8),
@@ -172,7 +170,7 @@ def _show(arguments: argparse.Namespace) -> None:
         ]
         for stage in manifest["stages"]
     ]
-    _print_table(
+    print_table(
         ["stage", "kind", "status", "time", "energy", "parameters", "model+config", "metrics"],
         rows,
         right=range(3, 7),
@@ -215,14 +213,14 @@ def _watch(arguments: argparse.Namespace) -> None:
     from horovod_jobs import watching
 
     if arguments.run == "-":
-        if not watching.watch_lines(watching.standard_input(), console=_console(), as_json=arguments.json):
+        if not watching.watch_lines(watching.standard_input(), console=terminal(), as_json=arguments.json):
             raise DataError(
                 "standard input has no line of a job that runs with run.progress=json; pipe one in: "
                 "horovod-jobs ... run.progress=json 2>&1 | horovod-runs watch -"
             )
         return
     run_dir = manifests.find_run(arguments.root, arguments.run)
-    watching.watch(run_dir, console=_console(), once=arguments.once, as_json=arguments.json)
+    watching.watch(run_dir, console=terminal(), once=arguments.once, as_json=arguments.json)
 
 
 def _age(run_dir: Path, manifest: Manifest) -> str:
@@ -264,9 +262,9 @@ def _compare(arguments: argparse.Namespace) -> None:
         for key, values in stage["figures"].items()
     ]
     if rows:
-        _print_table(["stage", "figure", "a", "b", "b - a"], rows, right=range(2, 5), text=[])
+        print_table(["stage", "figure", "a", "b", "b - a"], rows, right=range(2, 5), text=[])
     if result["config"]:
-        _print_table(
+        print_table(
             ["config key", "a", "b"],
             [[key, _value(values, "a"), _value(values, "b")] for key, values in result["config"].items()],
         )
@@ -314,26 +312,6 @@ def _doctor(arguments: argparse.Namespace) -> None:
 
 def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=1, ensure_ascii=False))
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    # A pipe has no width, whatever COLUMNS says of the terminal behind it; wide lines are then better than folded ones.
-    return Console(width=None if sys.stdout.isatty() else 200, highlight=False)
-
-
-def _print_table(
-    columns: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    *,
-    right: Sequence[int] = (),
-    text: Sequence[int] | None = None,
-    spare: Sequence[str] = (),
-) -> None:
-    from horovod_jobs.tables import print_table
-
-    print_table(_console(), columns, rows, right=right, text=text, spare=spare)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -14,20 +15,29 @@ _LEAST = 28  # Characters that a column of text gets, if its longest word needs 
 _ANY = 100_000
 
 
+def terminal() -> Console:
+    """Standard output."""
+    from rich.console import Console
+
+    # A pipe has no width, whatever COLUMNS says of the terminal behind it; wide lines are then better than folded ones.
+    return Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+
+
 def print_table(
-    console: Console,
     columns: Sequence[str],
     rows: Sequence[Sequence[str]],
     *,
     right: Sequence[int] = (),
     text: Sequence[int] | None = None,
     spare: Sequence[str] = (),
+    console: Console | None = None,
 ) -> None:
-    """Print a table.
+    """Print a table on ``terminal()``, or on another console.
 
     ``right``: columns that are set to the right. ``text``: those that may go on in a second line; all but the first where it is not
     given. ``spare``: what is left out in this order where the rest does not fit; a line under the table says so.
     """
+    console = console or terminal()
     texts = set(range(1, len(columns)) if text is None else text)
     out: list[int] = []
 

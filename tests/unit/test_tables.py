@@ -23,7 +23,8 @@ ROWS = [
 def shown(width: int, columns: list[str] = COLUMNS, rows: list[list[str]] = ROWS, **how: object) -> str:
     stream = io.StringIO()
     how = {"right": range(4, 8), "text": [2], "spare": ["ranks", "energy", "stages", "started"], **how}
-    print_table(Console(file=stream, width=width, highlight=False), columns, rows, **how)  # type: ignore[arg-type]
+    how["console"] = Console(file=stream, width=width, highlight=False)
+    print_table(columns, rows, **how)  # type: ignore[arg-type]
     return stream.getvalue()
 
 

@@ -57,9 +57,8 @@ def make(step: Planned, prepared: Prepared, made: Mapping[str, Artifact], place:
             result = prepared.run_of(node)(_context(step, staging, made, prepared, place), node.config)
         except BaseException as error:
             spent = spending.abandon()
-            if (
-                isinstance(error, Interrupted) and spent is not None
-            ):  # Read when the checkpoint was written, just before.
+            # Read when the checkpoint was written, just before.
+            if isinstance(error, Interrupted) and spent is not None:
                 place.record(node.name, **bill(spent.to_json()))
             raise
         footprint = spending.end()

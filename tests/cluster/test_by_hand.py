@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from benchmarks.hosts import Hosts, hosts, why_not
-from tests.integration.support import JOB, environment, processes, stage, valid_manifest, wait_for, weights
-from tests.integration.test_launch_hosts import LONG, SMALL, Over, checkpoints, in_order, resumed
+from tests.integration.support import JOB, processes, stage, valid_manifest, wait_for, weights
+from tests.integration.test_launch_hosts import LONG, SMALL, Over, checkpoints, in_order, resumed, start_command
 
 pytestmark = [pytest.mark.skipif(why_not() is not None, reason=why_not() or ""), pytest.mark.timeout(600)]
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "gpu_cluster.md"
@@ -35,18 +33,14 @@ def documented(launcher: str, two: Hosts) -> list[str]:
     words = shlex.split(block.replace("\\\n", " "))
     before = words[: words.index("horovod-jobs")]
     listed = f"{two.names[0]}:2,{two.names[1]}:2"
-    command = [listed if re.fullmatch(r"host1:2,host2:2", word) else word for word in before]
+    command = [listed if word == "host1:2,host2:2" else word for word in before]
     assert command[0] == launcher
     assert listed in command
     return [*command, *PASSED[launcher]]
 
 
 def start(two: Hosts, launcher: str, *arguments: str, cwd: Path) -> Over:
-    mark = f"{time.monotonic_ns()}"
-    out, err = cwd / f"out-{mark}.txt", cwd / f"err-{mark}.txt"
-    command = [*documented(launcher, two), *JOB, *arguments]
-    shell = ["sh", "-c", f'cd {cwd} && exec "$@" >{out} 2>{err}', "sh", *command]
-    return Over(two.start(shell, env=environment(mark)), out, err, mark)
+    return start_command(two, [*documented(launcher, two), *JOB, *arguments], cwd=cwd)
 
 
 def mpirun(mark: str) -> int:

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import distribution
 from pathlib import Path
@@ -89,10 +89,15 @@ class Over:
 
 def start(two: Hosts, *arguments: str, cwd: Path, listed: str = "", env: dict[str, str] | None = None) -> Over:
     """Start a job over both hosts, one rank on each, from the first of them."""
-    mark = f"{time.monotonic_ns()}"
-    out, err = cwd / f"out-{mark}.txt", cwd / f"err-{mark}.txt"
     listed = listed or f"[{two.names[0]}:1,{two.names[1]}:1]"
     command = [*JOB, *arguments, "launch=hosts", f"launch.hosts.list={listed}", "launch.hosts.connect_timeout_s=3"]
+    return start_command(two, command, cwd=cwd, env=env)
+
+
+def start_command(two: Hosts, command: Sequence[str], *, cwd: Path, env: dict[str, str] | None = None) -> Over:
+    """Start any command on the first host."""
+    mark = f"{time.monotonic_ns()}"
+    out, err = cwd / f"out-{mark}.txt", cwd / f"err-{mark}.txt"
     shell = ["sh", "-c", f'cd {cwd} && exec "$@" >{out} 2>{err}', "sh", *command]
     process = two.start(shell, env={**environment(mark), **(env or {})})
     return Over(process, out, err, mark)

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -148,21 +150,28 @@ while True: time.sleep(0.05)
 """
 
 
-@pytest.mark.parametrize(("obey", "code"), [(True, 75), (False, 143)])
-def test_sigterm_reaches_the_ranks_and_the_deaf_are_killed(tmp_path: Path, obey: bool, code: int) -> None:
-    ready = tmp_path / "ready"
+@contextmanager
+def told(number: signal.Signals, *, when: Path) -> Iterator[None]:
+    """This process gets the signal in the body, once a rank has made the file ``when``."""
 
     def later() -> None:
-        while not ready.exists():
+        while not when.exists():
             time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
     sender = threading.Thread(target=later)
     sender.start()
+    yield
+    sender.join()
+
+
+@pytest.mark.parametrize(("obey", "code"), [(True, 75), (False, 143)])
+def test_sigterm_reaches_the_ranks_and_the_deaf_are_killed(tmp_path: Path, obey: bool, code: int) -> None:
+    ready = tmp_path / "ready"
     started = time.monotonic()
     # A deaf rank ignores SIGTERM, from us and from the launcher: only SIGKILL ends it, after the grace and ten seconds more.
-    got = run_world(world_of(RANK.format(obey=obey, ready=str(ready))), grace_s=0.5)
-    sender.join()
+    with told(signal.SIGTERM, when=ready):
+        got = run_world(world_of(RANK.format(obey=obey, ready=str(ready))), grace_s=0.5)
     assert got == code
     assert time.monotonic() - started < 20
 
@@ -181,18 +190,9 @@ def test_the_launcher_answers_ctrl_c_for_its_ranks(
         f"pathlib.Path({str(ready)!r}).touch()\n"
         "time.sleep(60)\n"
     )
-
-    def later() -> None:
-        while not ready.exists():
-            time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    sender = threading.Thread(target=later)
-    sender.start()
-    assert run_world(world_of(script), grace_s=5.0) == code
-    sender.join()
-    told = capfd.readouterr().err.split("\n")
-    assert told == (
+    with told(signal.SIGINT, when=ready):
+        assert run_world(world_of(script), grace_s=5.0) == code
+    assert capfd.readouterr().err.split("\n") == (
         ["", "Stopping after this step, with a checkpoint. Press Ctrl-C again to stop at once.", ""]
         if registered
         else [f"error: {early.said(signal.SIGINT)}", ""]
